@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=_program(), description=description)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
+    # The command that needs neither a backend nor a cluster
     compiling = commands.add_parser(
         "compile",
         help="write the pipeline as YAML, for the Kubeflow UI and `kfp run create`",
@@ -47,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_literals_flag(compiling)
     compiling.set_defaults(command=_compile)
 
+    # Commands that start runs: here, on a backend, and on a schedule
     running = commands.add_parser(
         "run",
         help="run the pipeline from this machine, without a Kubeflow Pipelines backend",
@@ -72,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_schedule_commands(commands.add_parser("schedule", help="run the pipeline repeatedly on a backend"))
 
+    # Commands about a run that has been submitted
     for command, help, function in (
         ("status", "show a submitted run: its steps, what they are waiting for, and why one failed", _status),
         ("logs", "show the output of a submitted run's steps", _logs),

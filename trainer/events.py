@@ -134,15 +134,16 @@ class EventReader:
             content = file.read(most) + file.readline()
         complete = content[: content.rfind(b"\n") + 1]
         self._offset += len(complete)
-        events = []
-        for line in complete.splitlines():
-            try:
-                event = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(event, dict) and isinstance(event.get("event"), str):
-                events.append(event)
-        return events
+        return [event for line in complete.splitlines() if (event := parse_event(line)) is not None]
+
+
+def parse_event(line: bytes) -> Event | None:
+    """The event in a complete line of `metrics.jsonl`; None if it is not an event."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
 
 
 def number(value: object) -> float:

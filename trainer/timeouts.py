@@ -28,6 +28,8 @@ class EtcdTimeouts:
     start: float = 60.0  # until the embedded etcd is healthy; slow on a loaded machine with a slow disk
     restart: float = 5.0  # between two starts of an embedded etcd that keeps dying
     health: float = 2.0  # one health check of the embedded etcd
+    first_health_pause: float = 0.02  # first pause between two health checks of an embedded etcd that starts
+    longest_health_pause: float = 0.05  # longest such pause
     stop: float = 10.0  # until the embedded etcd has ended, before it is killed
 
 
@@ -44,6 +46,11 @@ class TransportTimeouts:
     retry: float = 0.25  # before asking a donor again that failed or does not have the offer yet
     linger: float = 1.0  # for which a fetcher keeps a donor with no chunk left to request
     hold: float = 30.0  # for which a donor keeps an offer after its last use
+    poll: float = 0.1  # between two checks by a fetcher whether it has to stop
+    redial: float = 0.05  # longest random pause before a link that failed at once is established again
+    listener: float = 1.0  # between two checks by a listener for connections that sent nothing
+    listener_retry: float = 1.0  # before a listener continues after an unexpected failure
+    accept_retry: float = 0.01  # before a listener accepts again, after a connection that could not be accepted
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,7 @@ class LaunchTimeouts:
 
     shutdown: int = 120  # for workers to save after SIGTERM; in a cluster, the pod's grace period is the limit
     poll: float = 0.2  # between two checks by `launch` of its agents and their metrics
+    monitor: float = 0.1  # between two checks by an agent of its workers
     scale_answer: float = 15.0  # until a running `launch` has started the nodes that `scale` requests, or has failed to
     last_call: float = 30.0  # for which the first start waits beyond `min_nodes` for further nodes, as in torchrun
     etcd_retry: float = 0.5  # between two attempts of the `etcd3` rendezvous to reach etcd

@@ -1,5 +1,6 @@
 """The documents: links resolve, named files exist, limits and defaults hold."""
 
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -20,6 +21,7 @@ PAGES = [
 FOLDERS = "pipelines|components|trainer|manifests|tests|docs|benchmarks|examples"
 LONGEST_README = 1200  # words
 LARGEST_GLOSSARY = 25  # words
+PRODUCT = [path for folder in ("trainer", "pipelines", "components") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def prose(page: Path) -> str:
@@ -75,3 +77,23 @@ def test_the_image_that_the_pages_name_has_the_project_s_version() -> None:
     for page in PAGES:
         for tag in re.findall(r"diloco-pipelines-python:([\w.]+)", page.read_text(encoding="utf-8")):
             assert tag == version, page
+
+
+def test_the_code_keeps_the_limits_of_contributing() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    stated = re.search(
+        r"Files have at most (\d+) lines, functions at most (\d+)[^`]*The one exception is\s+`(.+?)`", page
+    )
+    assert stated, "CONTRIBUTING.md states the limits"
+    longest_file, longest_function, exception = int(stated[1]), int(stated[2]), stated[3]
+    too_long = []
+    for path in PRODUCT:
+        name, code = str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
+        if len(code.splitlines()) > longest_file and name != exception:
+            too_long.append(name)
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                if node.end_lineno - node.lineno >= longest_function:
+                    too_long.append(f"{name}: {node.name}")
+    assert too_long == []

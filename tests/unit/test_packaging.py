@@ -32,6 +32,16 @@ def test_every_image_tag_is_the_version() -> None:
             assert tag == VERSION, path
 
 
+def test_the_chart_and_the_overlays_have_the_projects_version() -> None:
+    chart = (ROOT / "manifests" / "chart" / "Chart.yaml").read_text(encoding="utf-8")
+    versions = re.findall(r"^(?:version|appVersion): (\S+)", chart, re.MULTILINE)
+    assert len(versions) == 2
+    overlays = sorted((ROOT / "manifests" / "overlays").glob("*/kustomization.yaml"))
+    tags = [tag for page in overlays for tag in re.findall(r"newTag: (\S+)", page.read_text(encoding="utf-8"))]
+    assert tags, "the Job that creates etcd's users has an image"
+    assert {*versions, *tags} == {PYPROJECT["project"]["version"]}
+
+
 @pytest.mark.parametrize("command", PYPROJECT["project"]["scripts"].values())
 def test_commands_exist(command: str) -> None:
     module, _, function = command.partition(":")

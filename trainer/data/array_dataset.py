@@ -99,6 +99,7 @@ class ArrayDataset(DatasetFamily):
                     self.observe(sample)
                 progress.update(1)
             counts, apart = train.close(), held_out.close()
+        # Say what was left out; neither split may be empty
         left_out = ", ".join(f"{number} {why}" for why, number in self.left_out.items())
         if left_out:
             log(f"dataset {self.spec}: left out {left_out}")

@@ -131,6 +131,7 @@ class DiLoCo(OwnLoop):
         self.state = GlobalState(self._layout.gather(self._layout.empty()), outer, cut, self._layout.like)
         self.contribution = Contribution(self.state, self._layout.rounded)
 
+        # The synchronisation's buffers and its thread
         self._scratch = self._layout.empty()
         self._ended = self._layout.empty() if overlap else self._scratch  # the local parameters when the round ended
         self._pending: Pending | None = None

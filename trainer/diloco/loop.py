@@ -3,15 +3,26 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import Any, Protocol, Self, cast
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from trainer.diloco.quorum import LoopQuorum, Quorum
+from trainer.diloco.state import GlobalState
 
-if TYPE_CHECKING:
-    from trainer.diloco.diloco import DiLoCo
+
+class _DiLoCo(Protocol):
+    """The part of `DiLoCo` that its context uses."""
+
+    state: GlobalState
+
+    def after_inner_step(self) -> object: ...
+    def global_tensors(self) -> dict[str, Tensor]: ...
+    def load_global(self, tensors: Mapping[str, Tensor], round: int, step: int) -> None: ...
+    def worker_state(self) -> dict[str, Any]: ...
+    def load_worker_state(self, state: Mapping[str, Any]) -> None: ...
 
 
 class OwnLoop:
@@ -83,5 +94,5 @@ class OwnLoop:
             self.quorum.load_state_dict(state["quorum"])
 
     @property
-    def _diloco(self) -> "DiLoCo":
-        return cast("DiLoCo", self)
+    def _diloco(self) -> _DiLoCo:
+        return cast("_DiLoCo", self)

@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,8 +14,7 @@ from trainer.diloco.state import Fragment, GlobalState, hash_of
 from trainer.protocol.records import Cursor
 from trainer.protocol.samples import Assignment, Range
 
-if TYPE_CHECKING:
-    from trainer.diloco.diloco import DiLoCo
+D_contra = TypeVar("D_contra", contravariant=True)  # `DiLoCo`, which imports this module
 
 Coded = tuple[tuple[float, Tensor], ...]
 OnChunk = Callable[[int, Tensor], None]
@@ -130,13 +129,13 @@ class Quorum(Protocol):
 
 
 @runtime_checkable
-class LoopQuorum(Quorum, Protocol):
+class LoopQuorum(Quorum, Protocol[D_contra]):
     """A quorum for a user's own training loop, in the context of `DiLoCo`."""
 
-    def enter(self, diloco: "DiLoCo") -> None:
+    def enter(self, diloco: D_contra) -> None:
         """Called when the context is entered: join the run, and bring `diloco` to its open round."""
 
-    def stepped(self, diloco: "DiLoCo") -> None:
+    def stepped(self, diloco: D_contra) -> None:
         """Called after a step of the optimizer: count it in `diloco`, and do what is due.
 
         Raises:
@@ -144,7 +143,7 @@ class LoopQuorum(Quorum, Protocol):
             TrainingError: The run cannot continue.
         """
 
-    def exit(self, diloco: "DiLoCo", error: BaseException | None) -> None:
+    def exit(self, diloco: D_contra, error: BaseException | None) -> None:
         """Called when the context is exited, perhaps with an error: leave the run."""
 
     def state_dict(self) -> dict[str, Any]:

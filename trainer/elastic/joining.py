@@ -39,13 +39,13 @@ def claim_number(watch: RoundWatch, lease: Lease, slot: int, worker: int) -> Non
         holder = watch.patiently(lambda: watch.client.get(key))
         if holder is None:
             continue
-        who = f"worker {worker} of the run is already process {holder.value['pid']} on {holder.value['host']}"
+        other_process = f"worker {worker} of the run is already process {holder.value['pid']} on {holder.value['host']}"
         alive = holder.value["host"] == host and holder.value["pid"] != pid and pid_exists(holder.value["pid"])
         if alive or time.monotonic() > (deadline or math.inf):
-            raise ConfigError(SLOT_VARIABLE, slot, f"{who}: each worker needs its own number")
+            raise ConfigError(SLOT_VARIABLE, slot, f"{other_process}: each worker needs its own number")
         if deadline is None:
             deadline = time.monotonic() + watch.config.lease_ttl + 2
-            log.warning("%s: waiting for its lease to end (%s = %d)", who, SLOT_VARIABLE, slot)
+            log.warning("%s: waiting for its lease to end (%s = %d)", other_process, SLOT_VARIABLE, slot)
         if watch.ended():
             raise Interrupted
         watch.pause(watch.timeouts.poll)

@@ -64,6 +64,7 @@ class EtcdClient(EtcdValues):
         changed = threading.Event()
         with self.watch(prefix, changed.set):
             while True:
+                # Before the evaluation, so that a change during it causes another one
                 changed.clear()
                 try:
                     result = predicate()

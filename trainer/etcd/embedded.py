@@ -108,6 +108,7 @@ class EmbeddedEtcd:
         return f"{'https' if self._tls else 'http'}://{endpoint}"
 
     def _start(self) -> None:
+        # A single member has no peers, but etcd listens for them all the same
         with listen(local := "::1" if ":" in self._address else "127.0.0.1") as peer:
             peer_url = f"http://{endpoint_of(local, peer.getsockname()[1])}"
         tls, client_url, listened = self._tls, self._url(self.endpoint), self._url(endpoint_of(self._bound, self.port))
@@ -125,6 +126,7 @@ class EmbeddedEtcd:
             command += ["--cert-file", str(tls.server), "--key-file", str(tls.server_key), "--client-cert-auth"]
             command += ["--trusted-ca-file", str(tls.client), "--enable-grpc-gateway=false"]
             command += ["--bcrypt-cost", "4"]  # passwords are random, not chosen by people
+        # etcd would read this process's ETCD_… variables as its own settings
         environment = {name: value for name, value in os.environ.items() if not name.startswith("ETCD_")}
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -140,6 +142,7 @@ class EmbeddedEtcd:
         """Wait until it serves its clients. Raises ConfigError or TrainingError if it does not; see the class."""
         process = self._process
         assert process is not None
+        # Ask it directly, whatever proxy the environment names
         handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
         if self._tls:
             context = ssl.create_default_context(cafile=self._tls.server)
@@ -156,7 +159,12 @@ class EmbeddedEtcd:
             return isinstance(error, OSError) and process.poll() is None
 
         try:
-            retrying(is_starting, patience=self._timeouts.start, first_pause=0.02, longest_pause=0.05)(check)
+            retrying(
+                is_starting,
+                patience=self._timeouts.start,
+                first_pause=self._timeouts.first_health_pause,
+                longest_pause=self._timeouts.longest_health_pause,
+            )(check)
         except OSError:
             lines = self.log.read_text(errors="replace").strip().splitlines()
             if any("address already in use" in line for line in lines[-5:]):

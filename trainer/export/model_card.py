@@ -24,6 +24,7 @@ def facts_of(run: TrainedRun, parameters: int) -> dict[str, Any]:
     history, checkpoint = read_run(run.directory, run.config.run_id), run.checkpoint
     content = summary(history)
     is_whole = len(history.workers) == history.all_workers  # a pod has only one worker's file
+    # Of local data, only the name: its path is this machine's
     family, _, argument = run.config.dataset.partition(":")
     return {
         "run_id": run.config.run_id,

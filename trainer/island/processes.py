@@ -66,6 +66,7 @@ class Island:
                 world_size=size,
             )
             island = cls(rank, size, device)
+        # The followers end with the status that the leader ends with
         status = 1
         try:
             yield island

@@ -66,12 +66,14 @@ class Admission:
         Raises:
             ConfigError: The external etcd has users, and root's password is not in the environment.
         """
+        # The run's etcd: the one of `launch --listen`, or an external one
         listening = Listening.read(run_dir) if run_dir else None
         if listening and config.etcd.ca != str(listening.tls.server):
             listening = None  # the run has moved to an external etcd since
         authority = b""
         if listening is None and config.etcd.ca:
             authority = PEM_cert_to_DER_cert(Path(config.etcd.ca).read_text(encoding="ascii"))
+        # What all tokens of the run have in common
         template = Token(
             listening.public if listening else tuple(config.etcd.endpoints),
             config.elastic.etcd.prefix,
@@ -84,6 +86,7 @@ class Admission:
             fingerprint=listening.tls.fingerprint if listening else b"",
             authority=authority,
         )
+        # Only root can create a token's users; an etcd without users has none
         password = listening.root if listening else os.environ.get(ROOT_PASSWORD, "")
         if password:
             tls = config.etcd.model_dump(include={"ca", "cert", "key"})

@@ -220,6 +220,7 @@ def _agent(
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 
+    # No restarts after a failure that would repeat, nor after a second lack of memory
     class Agent(LocalElasticAgent):
         def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
             result = super()._monitor_workers(worker_group)
@@ -232,13 +233,14 @@ def _agent(
                     self._remaining_restarts = 0
             return result
 
+    # The workers' command, whose process ends with this one even if this one is killed
     executable, *rest = dying_with_parent(command)
     spec = WorkerSpec(
         role="worker",
         local_world_size=config.elastic.nproc_per_node,
         rdzv_handler=rendezvous,
         max_restarts=config.elastic.max_restarts,
-        monitor_interval=0.1,
+        monitor_interval=timeouts.monitor,
         entrypoint=executable,
         args=tuple(rest),
     )

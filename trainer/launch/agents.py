@@ -87,6 +87,7 @@ class Agents:
             shown.show(f"run {self._config.run_id}: {self._config.attendance}")
             shown.show(f"logs in {self._run_dir / 'logs'}")
             try:
+                # Wait for the standby process, from which agents are forked with all imports done
                 while self._standby and not self._standby.is_ready(self._timeouts.poll) and not self._signals:
                     shown.refresh()
                 for agent in self._agents if not self._signals else ():
@@ -95,6 +96,7 @@ class Agents:
             finally:
                 self._end(shown)
             self._update(shown)
+        # The result: complete, failed, or stopped by a signal
         staying = [agent for agent in self._agents if not agent.leaving]
         if staying and all(agent.status == 0 for agent in staying):
             without = f", without worker {', '.join(self._lost)}" if self._lost else ""

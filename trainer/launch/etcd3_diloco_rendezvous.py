@@ -178,14 +178,17 @@ class NodeRendezvous(RendezvousHandler):
             nonlocal present, enough_since
             if self._client.get("started"):
                 return True
+            # Enough nodes must be present without an interruption
             nodes = [entry.value["node"] for entry in self._client.list("slots/").values()]
             present = len(nodes)
             if present < self._min_nodes:
                 enough_since = 0.0
                 return False
             enough_since = enough_since or time.monotonic()
+            # With fewer than desired, the others get a last call
             if present < self._desired and seconds_left() > 0:
                 return False
+            # Only one node creates the key; all others start because of it
             if self._client.swap("started", {"nodes": nodes}, None)[0] and present < self._desired:
                 log.warning("starting with %d of %d nodes: the others join when they arrive", present, self._desired)
             return True

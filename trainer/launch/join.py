@@ -136,6 +136,7 @@ def _connected(token: Token, given: TrainingConfig, secrets: Path, timeouts: Lau
         tried = ", ".join(reasons)
         advice = "is the run still running there, and can this machine reach the port?"
         raise ConfigError("token", "…", f"none of its addresses answers: {tried}: {advice}")
+    # Accept no server but the one that the token names
     secrets.mkdir(mode=0o700, parents=True, exist_ok=True)
     tls, files = Tls(secrets), {}
     try:

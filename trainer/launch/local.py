@@ -56,24 +56,18 @@ def launch(
     Raises:
         ConfigError: Bad input; nothing has been started.
         TrainingError: The run has failed; with the reason.
-        KeyboardInterrupt: Ctrl-C; everything is saved.
-        Interrupted: SIGTERM; everything is saved.
+        KeyboardInterrupt, Interrupted: Ctrl-C or SIGTERM; everything is saved.
     """
-    from trainer import checkpoint
-
     # Check everything before anything starts
     config, listening = _resolved(config, listen)
     run_dir = Path(config.run_dir)
-    volumes = [Volume.of(worker) for worker in worker_configs(config)]
-    if command is None and any(checkpoint.is_complete(volume.checkpoints) for volume in volumes):
-        # One worker's final checkpoint suffices: it is written only when all have reached the end
+    if command is None and _has_final_checkpoint(config):
         log(f"run {config.run_id} is already complete: {run_dir}")
         return 0
     config = _checked(config, command)
     with ExitStack() as resources:
         resources.enter_context(locked(run_dir))
-        if dashboard is not None:
-            resources.enter_context(_live_page(run_dir, dashboard, log))
+        resources.enter_context(_live_page(run_dir, dashboard, log))
         etcd, config = _etcd(config, listening, resources)
         client = resources.enter_context(EtcdClient.of(config))
         if etcd is None and keys.verdict(client).status == "succeeded":
@@ -82,12 +76,8 @@ def launch(
         if not joins:
             _reset(client, etcd, listening)
         write_json(run_dir / LAUNCHED, config.model_dump(mode="json"))  # `status` and `scale` find the run by it
-        # Admit other machines
         if command is None and (listening or etcd is None):
-            keys.record_config(client, config)
-            resources.enter_context(Sharing(client, config, lambda reason: log(f"warning: {reason}")))
-            if not joins and config.max_nodes > config.nodes:
-                resources.enter_context(admitting(config, run_dir, ttl, log))
+            _admit_others(config, client, resources, None if joins else ttl, log)
         # Run the agents
         client.delete(request_key(run_dir))  # left over from an earlier launch whose process had the same id
         agents = Agents(config, client, etcd, command, timeouts, joins=joins, log=log)
@@ -111,6 +101,13 @@ def _resolved(config: TrainingConfig, listen: str) -> tuple[TrainingConfig, List
     return config, listening
 
 
+def _has_final_checkpoint(config: TrainingConfig) -> bool:
+    """Whether a worker of this machine has reached the end. One suffices: no worker writes it before all are there."""
+    from trainer import checkpoint
+
+    return any(checkpoint.is_complete(Volume.of(worker).checkpoints) for worker in worker_configs(config))
+
+
 def _checked(config: TrainingConfig, command: list[str] | None) -> TrainingConfig:
     """Check that the run can start here; a relative path of the model becomes absolute. Raises ConfigError."""
     from trainer import models
@@ -126,8 +123,11 @@ def _checked(config: TrainingConfig, command: list[str] | None) -> TrainingConfi
 
 
 @contextmanager
-def _live_page(run_dir: Path, address: str, log: Callable[[str], None]) -> Iterator[None]:
-    """Serve the run's live page at this address."""
+def _live_page(run_dir: Path, address: str | None, log: Callable[[str], None]) -> Iterator[None]:
+    """Serve the run's live page at this address; None: do not serve it."""
+    if address is None:
+        yield
+        return
     from trainer.monitor.web.looks import DirectoryView
     from trainer.monitor.web.server import LivePage
 
@@ -156,3 +156,13 @@ def _reset(client: EtcdClient, etcd: EmbeddedEtcd | None, listening: Listening |
     if etcd is not None and not (listening and client.list("slots/")):
         keys.forget_processes(client)  # only this run uses this etcd, so its live keys belong to dead processes
     keys.reopen(client)
+
+
+def _admit_others(
+    config: TrainingConfig, client: EtcdClient, resources: ExitStack, ttl: int | None, log: Callable[[str], None]
+) -> None:
+    """Share the run with other machines, and print how one joins; `ttl` is None if the run started elsewhere."""
+    keys.record_config(client, config)
+    resources.enter_context(Sharing(client, config, lambda reason: log(f"warning: {reason}")))
+    if ttl is not None and config.max_nodes > config.nodes:
+        resources.enter_context(admitting(config, Path(config.run_dir), ttl, log))

@@ -32,6 +32,7 @@ def check(config: TrainingConfig, *, precached: bool = False, network: bool = Tr
     Raises:
         ConfigError: Something is missing, taken, or contradicts the run's checkpoints.
     """
+    # Model, data and device
     models.check_blocks(config)
     if precached or joins:
         data.resolve(config).check_parameters()
@@ -45,15 +46,18 @@ def check(config: TrainingConfig, *, precached: bool = False, network: bool = Tr
         from trainer.worker.compilation import check_backend
 
         check_backend(config)
+    # What the run uses besides: etcd's certificates, the hub, an earlier checkpoint
     for name, path in config.etcd.model_dump(include={"ca", "cert", "key"}).items():
         if path and not Path(path).is_file():
             raise ConfigError(f"etcd.{name}", path, "no such file")
     _check_upload(config)
     _check_resume(config)
+    # This machine's ports and disk
     if network:
         check_network(config)
     require_writable(Path(config.run_dir), "run_dir", make=False)
     require_free_space(Path(config.run_dir), LEAST_FREE_BYTES, "run_dir")
+    # Each worker's own copy of the data
     if precached:
         try:
             for worker in worker_configs(config):
@@ -77,6 +81,7 @@ def check_network(config: TrainingConfig) -> None:
         from trainer.transport.credentials import credentials
 
         credentials(b"any secret of a run", config.transport_security, config.transport_certificates)
+    # The range must have a port for each process that listens
     if not config.port_range:
         return
     workers, etcds = config.nodes * config.workers_per_node, int(not config.etcd.endpoints)
@@ -86,6 +91,7 @@ def check_network(config: TrainingConfig) -> None:
     if high - low + 1 < needed:
         allowed = f"must hold {needed} ports: {workers} workers" + (" and an etcd" if etcds else "") + " listen here"
         raise ConfigError("port_range", config.port_range, allowed)
+    # That many of its ports must be free
     address = config.addresses[0] if config.addresses else loopback()
     if config.etcd.endpoints and not config.advertise_address:
         with suppress(EtcdError):

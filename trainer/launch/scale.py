@@ -31,6 +31,7 @@ def scale(config: TrainingConfig, nodes: int, timeouts: LaunchTimeouts = LaunchT
     """
     from trainer.data import precache
 
+    # Check the number against the bounds of the run that is launched here
     directory, config = run_directory(config), find(config)
     if directory is None or not holder_of(directory):
         raise ConfigError("run_dir", directory or "", "must be the directory of a `launch`")
@@ -46,9 +47,11 @@ def scale(config: TrainingConfig, nodes: int, timeouts: LaunchTimeouts = LaunchT
             raise TrainingError(f"run {config.run_id} is not running: {error}") from None
         if result.terminal:
             raise TrainingError(str(result))
+        # Fill the volumes before the nodes start, so that a lack of data or space starts none
         workers = worker_configs(with_nodes(config, nodes))
         for own in workers[config.nodes :]:
             precache(own, Volume.of(own), source=Volume.of(workers[0]).datasets)
+        # Ask the `launch`, and take the request back if there is no response
         key, limit = request_key(directory), timeouts.scale_answer
         client.put(key, {"nodes": nodes})
 

@@ -16,7 +16,7 @@ from trainer.protocol.samples import steps_in
 State = tuple[int, int]
 """A committed global state, by the term and the round that led to it. A term's base also has the term's number."""
 
-E = TypeVar("E", bound="Happening")
+E = TypeVar("E", bound="ProcessEvent")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Happening:
+class ProcessEvent:
     """An event that a process has recorded, in the order of its file."""
 
     where: str
@@ -76,7 +76,7 @@ class Happening:
 
 
 @dataclass(frozen=True, slots=True)
-class Began(Happening):
+class Began(ProcessEvent):
     """A process starts, and continues after `round`.
 
     Attributes:
@@ -95,7 +95,7 @@ class Began(Happening):
 
 
 @dataclass(frozen=True, slots=True)
-class Dealt(Happening):
+class Assigned(ProcessEvent):
     """A process continues with an assignment, of which `used` positions have already been consumed."""
 
     ranges: tuple[Range, ...]
@@ -104,7 +104,7 @@ class Dealt(Happening):
 
 
 @dataclass(frozen=True, slots=True)
-class Stepped(Happening):
+class Stepped(ProcessEvent):
     """An inner step in `round`, which led to schedule position `step`."""
 
     step: float
@@ -115,7 +115,7 @@ class Stepped(Happening):
 
 
 @dataclass(frozen=True, slots=True)
-class Committed(Happening):
+class Committed(ProcessEvent):
     """A process has taken the outer step of `round` as a member of its quorum.
 
     Attributes:
@@ -144,7 +144,7 @@ class Committed(Happening):
 
 
 @dataclass(frozen=True, slots=True)
-class CaughtUp(Happening):
+class CaughtUp(ProcessEvent):
     """A process has adopted the state after `round`. The other fields are as in `Began`."""
 
     inner_steps: int | None = None
@@ -153,7 +153,7 @@ class CaughtUp(Happening):
 
 
 @dataclass(frozen=True, slots=True)
-class Ended(Happening):
+class Ended(ProcessEvent):
     """A process has ended normally, and returned the `unused` positions unless the run is complete."""
 
     status: str  # complete, stopped or failed
@@ -164,20 +164,20 @@ class Ended(Happening):
 
 @dataclass(frozen=True)
 class Life:
-    """One process of a worker, from its start to its end or death. Without happenings, it died while joining."""
+    """One process of a worker, from its start to its end or death. Without events, it died while joining."""
 
     worker: str
     member: str
-    happenings: tuple[Happening, ...]
-    gaps: tuple[int, ...] = ()  # indices of happenings before which lines are missing or cannot be read
+    events: tuple[ProcessEvent, ...]
+    gaps: tuple[int, ...] = ()  # indices of events before which lines are missing or cannot be read
 
     def of(self, kind: type[E]) -> Iterator[E]:
-        return (one for one in self.happenings if isinstance(one, kind))
+        return (one for one in self.events if isinstance(one, kind))
 
     @cached_property
     def end(self) -> Ended | None:
         """Its end; None if it was killed or is still running."""
-        last = self.happenings[-1] if self.happenings else None
+        last = self.events[-1] if self.events else None
         return last if isinstance(last, Ended) else None
 
     @cached_property
@@ -241,31 +241,31 @@ class History:
     elastic: bool = True
 
     def of(self, kind: type[E]) -> Iterator[tuple[Life, E]]:
-        """All happenings of a kind, each with the process that recorded it."""
+        """All events of a kind, each with the process that recorded it."""
         return ((life, one) for life in self.lives for one in life.of(kind))
 
     @cached_property
     def has_terms(self) -> bool:
-        """Whether every relevant happening has a term, which older versions did not write."""
-        return all(one.term is not None for _, one in self.of(Happening) if not isinstance(one, Ended))
+        """Whether every relevant event has a term, which older versions did not write."""
+        return all(one.term is not None for _, one in self.of(ProcessEvent) if not isinstance(one, Ended))
 
     @cached_property
     def absent(self) -> tuple[str, ...]:
         """Members reported by other members that have no records here."""
         known = {life.member for life in self.lives}
-        told = {member for _, one in self.of(Committed) for member in one.members}
-        told |= {member for one in self.recorded for member in one.members}
-        return tuple(sorted(told - known)) if self.elastic else ()
+        named = {member for _, one in self.of(Committed) for member in one.members}
+        named |= {member for one in self.recorded for member in one.members}
+        return tuple(sorted(named - known)) if self.elastic else ()
 
     @cached_property
     def terms(self) -> tuple[int, ...]:
-        return tuple(sorted({one.term for _, one in self.of(Happening) if one.term is not None}))
+        return tuple(sorted({one.term for _, one in self.of(ProcessEvent) if one.term is not None}))
 
     @cached_property
     def bases(self) -> dict[int, int]:
         """By term: the round of the state from which it started, if known."""
         found: dict[int, int] = {}
-        for _, one in self.of(Happening):
+        for _, one in self.of(ProcessEvent):
             if one.term is not None and isinstance(one, Began | CaughtUp | Committed):
                 round = one.round - isinstance(one, Committed)
                 found[one.term] = min(found.get(one.term, round), round)
@@ -297,7 +297,7 @@ class History:
     def cursors(self) -> dict[State, list[tuple[Cursor, str]]]:
         """By state: each recorded position in the samples, and where it was recorded."""
         found: dict[State, list[tuple[Cursor, str]]] = {}
-        everything: list[Happening | Saved | Recorded] = [*(one for _, one in self.of(Happening))]
+        everything: list[ProcessEvent | Saved | Recorded] = [*(one for _, one in self.of(ProcessEvent))]
         for one in [*everything, *self.saved, *self.recorded]:
             cursor = getattr(one, "cursor", None)
             if one.term is not None and cursor is not None:
@@ -310,7 +310,7 @@ class History:
         found: dict[int, list[tuple[Stepped, int]]] = {}
         for life in self.lives:
             waiting: list[Stepped] = []
-            for one in life.happenings:
+            for one in life.events:
                 if isinstance(one, Stepped):
                     waiting.append(one)
                 elif isinstance(one, CaughtUp):

@@ -142,6 +142,7 @@ class _Transfer:
         try:
             for thread in work:
                 thread.start()
+            # The first donor that answers says what there is to fetch
             self._wait(lambda: self._content is not None, stopping, timeout)
             assert self._content is not None
             meta, layout = self._content
@@ -166,7 +167,7 @@ class _Transfer:
                     why = f"no data for {timeout:.0f} s" if late else "no donor is left"
                     reasons = "; ".join(f"{peer.id} {peer.reason}" for peer in self._peers) or "none was known"
                     raise TransferError(f"fetching {self._name}: {why}: {reasons}")
-                self._changed.wait(0.1)  # `stopping` has to be polled
+                self._changed.wait(self._timeouts.poll)  # `stopping` has to be polled
 
     def _plan(self, buffers: dict[str, Any], layout: Layout) -> None:
         """Cut the buffers into chunks."""

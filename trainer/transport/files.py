@@ -81,10 +81,12 @@ def fetch_files(
     """
     partial = final.with_name(f".{final.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
+    # Remove what an earlier attempt at other content has left
     for old in [path for path in partial.rglob("*") if path.is_file()]:
         if old.relative_to(partial).as_posix() not in files:
             old.unlink()
 
+    # Continue each file where its partial copy ends
     for file, record in files.items():
         path = inside(partial, file)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +104,7 @@ def fetch_files(
                     output.flush()
                     on_bytes(stop - done)
                     done = stop
+            # Only now is it known whether that copy was of this content; if not, start over once
             if sha256(path) == record.sha256:
                 break
             path.unlink()

@@ -138,6 +138,7 @@ class Dialler:
                 if taken.is_set():
                     _close_all(results)
 
+        # At the same time, because an address that cannot be reached from here takes until its timeout
         for endpoint in endpoints:
             threading.Thread(target=reach, args=(endpoint,), name="dial", daemon=True).start()
         error = OSError("no address answers")
@@ -155,6 +156,7 @@ class Dialler:
                     return connection, endpoint
             raise error
         finally:
+            # Connections that are still being made are closed by their own threads
             taken.set()
             _close_all(results)
 
@@ -273,11 +275,11 @@ class Listener:
                     self._look()
                 except Exception:  # possibly temporary, for example a lack of threads
                     log.exception("the listener failed, and continues")
-                    self._closing.wait(1.0)
+                    self._closing.wait(self._timeouts.listener_retry)
 
     def _look(self) -> None:
-        """Process what arrives within a second."""
-        for key, _ in self._selector.select(1.0):
+        """Process what arrives until the next check for silent connections."""
+        for key, _ in self._selector.select(self._timeouts.listener):
             if key.fileobj is self._socket:
                 self._greet()
             elif key.data in self._strangers:  # otherwise `_greet` has just dropped it
@@ -291,7 +293,7 @@ class Listener:
         try:
             connection, (host, *_) = self._socket.accept()
         except OSError:  # it is already gone, or descriptors are (temporarily) exhausted
-            self._closing.wait(0.01)
+            self._closing.wait(self._timeouts.accept_retry)
             return
         if len(self._strangers) >= PENDING:
             self._drop(next(iter(self._strangers)), "was one of too many")
@@ -304,6 +306,7 @@ class Listener:
     def _advance(self, stranger: _Stranger) -> None:
         """Process what has arrived from a stranger, without waiting."""
         try:
+            # Continue the connection's handshake where the last bytes left it
             if not stranger.met:
                 self._meet(stranger)
             connection = stranger.connection
@@ -312,6 +315,7 @@ class Listener:
                     connection.do_handshake()
                 connection.send(stranger.challenge)
                 stranger.shaken = True
+            # Then its hello, which proves that it belongs to the run
             while (missing := self._missing(stranger)) > 0:
                 if not (more := connection.recv(missing)):
                     raise ConnectionResetError
@@ -331,6 +335,7 @@ class Listener:
         except ValueError as error:
             self._drop(stranger, str(error))
         else:
+            # It does: its link takes the connection over
             self._selector.unregister(connection)
             del self._strangers[stranger]
             connection.setblocking(True)

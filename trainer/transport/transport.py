@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 CUBIC, BBR = (0.0125, 8), (0.025, 4)
 ALL_STREAMS = 512  # approximate maximum per process, because each stream has a thread
 RELAYS = 3  # maximum number of members that relay a pair's bytes
-_PAUSE = 0.05  # maximum seconds until a link that failed at once is re-established
 Endpoints = Sequence[str]
 
 
@@ -131,7 +130,7 @@ class Transport:
                 if not link.reason or (link.trouble and not link.peer_link) or time.monotonic() > deadline:
                     missing[id] = link.reason or link.trouble or "does not answer"
                     break
-                time.sleep(random.uniform(0, _PAUSE))  # both ends tried at the same time
+                time.sleep(random.uniform(0, self._timeouts.redial))  # both ends tried at the same time
             else:
                 missing[id] = "this member is leaving"
         return missing
@@ -253,6 +252,7 @@ class Transport:
             patience = 0.0 if peer in self._cannot_dial or not self.endpoints else timeouts.dial_back
             if link.wait_for(lambda: link.streams(False) > 0, patience) or link.reason:
                 return
+            # It does not dial back, for example because of NAT: dial for its direction, too
             self._cannot_dial.add(peer)
             with suppress(OSError):
                 self._dial(link, endpoints, sends=False)

@@ -18,6 +18,7 @@ def preload(config: TrainingConfig) -> None:
     Whatever fails is left out; if it fails in the worker as well, the worker reports it.
     """
     set_up_torch()
+    # Nothing may remain that a fork does not survive: a GPU's context, a thread
     fork_safe, before = "PYTORCH_NVML_BASED_CUDA_CHECK", {**os.environ}  # for libraries that look for a GPU
     os.environ[fork_safe] = "1"
     gc.disable()  # imports leave almost nothing to collect, and collections would take a sixth of their time
@@ -34,6 +35,7 @@ def preload(config: TrainingConfig) -> None:
 
         threads, volume = torch.get_num_threads(), Volume.of(config)
         torch.set_num_threads(1)  # OpenMP's threads would not survive a fork
+        # Build the model once, without memory, and compile the codec
         with suppress(Exception):
             manifest = read_manifest(directory(config, volume.datasets))
             if manifest is not None:

@@ -79,17 +79,14 @@ def profile(
 
     # Try one size after the other
     logger.info("profiling %s: per-device batch sizes %s", of["device"], ", ".join(map(str, sizes(config))))
+    run: Measure = together or (lambda size: measure(task, model, batch(size), size))
     best: Profile | None = None
     parameters = sum(local(parameter).numel() for parameter in model.parameters() if parameter.requires_grad)
     fixed, per_sample = GRADIENT_BYTES * parameters, 0.0  # bytes
     for size in sizes(config):
         room = (_free(device) / sharing - STATE_BYTES * parameters) * (1 - MARGIN)
         try:
-            if fixed + per_sample * size > room:
-                raise MemoryError(f"it would take {(fixed + per_sample * size) / 1e9:.1f} GB")
-            speed, used = together(size) if together else measure(task, model, batch(size), size)
-            if used > room:
-                raise MemoryError(f"it took {used / 1e9:.1f} GB, of {room / 1e9:.1f} GB available")
+            speed, used = _within(room, fixed + per_sample * size, run, size)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -110,6 +107,16 @@ def profile(
     assert best is not None
     write_json(cache, {**of, "profile": asdict(best)})
     return best
+
+
+def _within(room: float, expected: float, run: Measure, size: int) -> tuple[float, float]:
+    """Run a size. Raises MemoryError if it is expected to take, or took, more than `room` bytes."""
+    if expected > room:
+        raise MemoryError(f"it would take {expected / 1e9:.1f} GB")
+    speed, used = run(size)
+    if used > room:
+        raise MemoryError(f"it took {used / 1e9:.1f} GB, of {room / 1e9:.1f} GB available")
+    return speed, used
 
 
 def _cached(cache: Path, conditions: dict[str, Any]) -> Profile | None:

@@ -68,6 +68,7 @@ class Saving:
                 "dataset": parts.process.dataset.manifest.hash,
                 "versions": versions(),
             }
+            # It is written while training goes on, so the global state must keep its tensors
             release = diloco.state.hold()
             self._checkpointer.save(diloco.global_tensors(), worker, state, complete=complete, release=release)
         if wait:

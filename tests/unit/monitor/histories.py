@@ -9,7 +9,7 @@ from typing import Any
 from tests.unit.protocol.model_etcd import COLLECTIVE, GRACE, TTL, Fault
 from tests.unit.protocol.model_world import World
 from trainer.files import sha256, write_json
-from trainer.protocol.history import Began, CaughtUp, Committed, Dealt, Ended, Happening, Life, Plan, Stepped
+from trainer.protocol.history import Assigned, Began, CaughtUp, Committed, Ended, Life, Plan, ProcessEvent, Stepped
 from trainer.protocol.records import Rules
 from trainer.worker.optimizer import learning_rate
 
@@ -41,9 +41,9 @@ def events_of(life: Life, run_id: str = "run") -> list[Event]:
     events: list[Event] = [{"event": "membership", "change": "joining", "run_id": run_id, "member": life.member}]
     plan = next((one.plan for one in life.of(Began)), None)
     multiplier, losses = 1.0, list[float]()
-    for one in life.happenings:
+    for one in life.events:
         assert plan is not None
-        multiplier = one.multiplier if isinstance(one, Dealt) else multiplier
+        multiplier = one.multiplier if isinstance(one, Assigned) else multiplier
         events.append(_event(one, life, plan, multiplier, run_id))
         if isinstance(one, Stepped):
             losses.append(1 / one.step)
@@ -55,7 +55,7 @@ def events_of(life: Life, run_id: str = "run") -> list[Event]:
     return events
 
 
-def _event(one: Happening, life: Life, plan: Plan, multiplier: float, run_id: str) -> Event:
+def _event(one: ProcessEvent, life: Life, plan: Plan, multiplier: float, run_id: str) -> Event:
     place = {"term": one.term, "round": one.round}
     config = {"local_steps": plan.round_steps, "total_steps": plan.total_steps, "lr": LR, "warmup_steps": WARMUP}
     match one:
@@ -66,7 +66,7 @@ def _event(one: Happening, life: Life, plan: Plan, multiplier: float, run_id: st
         case CaughtUp():
             state = {"inner_steps": one.inner_steps, "carried": one.carried, "cursor": asdict(one.cursor or RULES)}
             return {"event": "membership", "change": "caught up", **place, "missed": 1, **state}
-        case Dealt():
+        case Assigned():
             samples = {"ranges": one.ranges, "used": one.used, "step_multiplier": one.multiplier}
             return {"event": "assignment", **place, **samples}
         case Stepped():

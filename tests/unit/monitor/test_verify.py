@@ -21,7 +21,7 @@ Run = dict[str, list[Event]]
 
 
 @pytest.fixture(scope="module")
-def told() -> Run:
+def true_run() -> Run:
     return undisturbed()
 
 
@@ -55,8 +55,8 @@ def refuted_in(judgement: Judgement) -> dict[str, list[str]]:
     }
 
 
-def test_a_true_run_is_proved(told: Run, tmp_path: Path) -> None:
-    judgement = judged(tmp_path, told)
+def test_a_true_run_is_proved(true_run: Run, tmp_path: Path) -> None:
+    judgement = judged(tmp_path, true_run)
     assert [claim.name for claim in judgement.claims if claim.verdict != "holds"] == []
     assert (judgement.workers, judgement.processes, judgement.rounds, judgement.terms) == (2, 2, 6, 1)
     assert judgement.headline.endswith("15 of 15 claims hold")
@@ -123,17 +123,17 @@ def take_others_samples(run: Run) -> None:
     events_of(run["0"], "step")[3]["positions"] = events_of(run["1"], "step")[3]["positions"]
 
 
-def deal_to_nobody(run: Run) -> None:
-    """The last cursors say that more was dealt than anybody tells of."""
+def assign_to_nobody(run: Run) -> None:
+    """The last cursors say that more was assigned than any worker records."""
     for worker in run:
         for event in events_of(run[worker], "round")[4:]:
             event["cursor"]["position"] += 4
 
 
-def deal_less(run: Run) -> None:
-    dealt = events_of(run["0"], "assignment")[2]
-    first, stop = dealt["ranges"][0]
-    dealt["ranges"] = [(first, stop - 2), *dealt["ranges"][1:]]
+def assign_less(run: Run) -> None:
+    assigned = events_of(run["0"], "assignment")[2]
+    first, stop = assigned["ranges"][0]
+    assigned["ranges"] = [(first, stop - 2), *assigned["ranges"][1:]]
 
 
 def return_what_was_used(run: Run) -> None:
@@ -175,7 +175,7 @@ LIES: dict[str, tuple[Callable[[Run], None], set[str]]] = {
     "another final state": (change("end", 0, global_hash="x"), {"states"}),
     "another cursor": (change("round", cursor={"position": 7, "returned": []}), {"states"}),
     "a commit is left out": (delete("round"), {"states", "members"}),
-    "a commit is told twice": (repeat("round"), {"commits"}),
+    "a commit is recorded twice": (repeat("round"), {"commits"}),
     "a commit at another step": (change_all("round", 2, step=10), {"schedule"}),
     "a commit that was counted and carried": (keep_work_that_was_counted, {"members"}),
     "a step is left out": (delete("step"), {"inner steps"}),
@@ -187,8 +187,8 @@ LIES: dict[str, tuple[Callable[[Run], None], set[str]]] = {
     "a step of another worker's samples": (take_others_samples, {"samples once"}),
     "a step that counts more": (change("step", samples=4), {"weights"}),
     "another learning rate": (change("step", 9, lr=5e-4), {"learning rates"}),
-    "samples that are dealt to nobody": (deal_to_nobody, {"samples fate"}),
-    "samples that were not dealt": (deal_less, {"samples in order"}),
+    "samples that are assigned to nobody": (assign_to_nobody, {"samples fate"}),
+    "samples that were not assigned": (assign_less, {"samples in order"}),
     "samples that are used and returned": (return_what_was_used, {"samples in base"}),
     "samples that it never had": (change("round", unused=[(0, 6)]), {"samples in order"}),
     "samples that count as used": (change("assignment", used=2), {"samples in order"}),
@@ -205,9 +205,9 @@ LIES: dict[str, tuple[Callable[[Run], None], set[str]]] = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_lie_is_found(lie: str, told: Run, tmp_path: Path) -> None:
+def test_a_lie_is_found(lie: str, true_run: Run, tmp_path: Path) -> None:
     forge, claims = LIES[lie]
-    run = copy.deepcopy(told)
+    run = copy.deepcopy(true_run)
     forge(run)
     found = refuted_in(judged(tmp_path, run))
     assert claims <= found.keys(), found
@@ -216,12 +216,12 @@ def test_a_lie_is_found(lie: str, told: Run, tmp_path: Path) -> None:
         f"{tmp_path}/worker-{worker}/metrics.jsonl:{number}"
         for worker in run
         for number, event in enumerate(run[worker], 1)
-        if number > len(told[worker]) or event != told[worker][number - 1]
+        if number > len(true_run[worker]) or event != true_run[worker][number - 1]
     }
     changed |= {
         f"{tmp_path}/worker-{worker}/metrics.jsonl:{len(run[worker])}"
         for worker in run
-        if len(run[worker]) < len(told[worker])
+        if len(run[worker]) < len(true_run[worker])
     }
     assert changed & {where for lines in found.values() for where in lines}, found
 
@@ -236,18 +236,18 @@ def first_of_the_second_term(run: Run) -> list[Event]:
     return [event for event in rounds if event["round"] == min(one["round"] for one in rounds)]
 
 
-def deal_what_the_base_contains(run: Run) -> None:
-    dealt = next(event for event in events_of(run["0"], "assignment") if event["term"] == 2)
+def assign_what_the_base_contains(run: Run) -> None:
+    assigned = next(event for event in events_of(run["0"], "assignment") if event["term"] == 2)
     steps = [event for event in events_of(run["0"], "step") if event["term"] == 2]
-    size = len(dealt["ranges"]) and dealt["ranges"][0][1] - dealt["ranges"][0][0]
-    dealt["ranges"] = [(0, size), *dealt["ranges"][1:]]
+    size = len(assigned["ranges"]) and assigned["ranges"][0][1] - assigned["ranges"][0][0]
+    assigned["ranges"] = [(0, size), *assigned["ranges"][1:]]
     for number, step in enumerate(steps[: size // 2]):
         step["positions"] = [(2 * number, 2 * number + 2)]
 
 
 @pytest.mark.parametrize(
     ("forge", "claims"),
-    [(begin_from_nowhere, {"terms"}), (deal_what_the_base_contains, {"samples in base"})],
+    [(begin_from_nowhere, {"terms"}), (assign_what_the_base_contains, {"samples in base"})],
 )
 def test_a_lie_about_going_back_is_found(
     forge: Callable[[Run], None], claims: set[str], fallen: Run, tmp_path: Path
@@ -261,9 +261,9 @@ def test_a_lie_about_going_back_is_found(
 # Files as they are
 
 
-def test_a_torn_line_is_no_lie(fallen: Run, told: Run, tmp_path: Path) -> None:
+def test_a_torn_line_is_no_lie(fallen: Run, true_run: Run, tmp_path: Path) -> None:
     """Of a process that was killed: at the file's end, or before its successor's first line."""
-    write(tmp_path, told)
+    write(tmp_path, true_run)
     path = tmp_path / "worker-0" / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:20]) + lines[20][:30])
@@ -296,8 +296,8 @@ def test_a_file_that_ends_anywhere_in_a_line_is_no_lie(
     assert not (judgement := verify([directory])[0]).refuted, str(judgement)
 
 
-def test_a_broken_line_in_the_middle_is_found(told: Run, tmp_path: Path) -> None:
-    write(tmp_path, told)
+def test_a_broken_line_in_the_middle_is_found(true_run: Run, tmp_path: Path) -> None:
+    write(tmp_path, true_run)
     path = tmp_path / "worker-1" / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:9], "?\n", *lines[10:]]))
@@ -305,7 +305,7 @@ def test_a_broken_line_in_the_middle_is_found(told: Run, tmp_path: Path) -> None
     assert refuted_in(judgement) == {"files": [f"{path}:10"]}  # what depends on the line is not judged
 
 
-def test_files_of_older_versions_are_judged_as_far_as_they_tell(told: Run, tmp_path: Path) -> None:
+def test_files_of_older_versions_are_judged_as_far_as_they_tell(true_run: Run, tmp_path: Path) -> None:
     new = ("term", "base_hash", "hash", "weight", "own_weight", "cursor", "unused", "inner_steps", "carried", "ramp")
     run = {
         worker: [
@@ -313,7 +313,7 @@ def test_files_of_older_versions_are_judged_as_far_as_they_tell(told: Run, tmp_p
             for event in events
             if event["event"] != "assignment" and event.get("change") != "joining"
         ]
-        for worker, events in told.items()
+        for worker, events in true_run.items()
     }
     judgement = judged(tmp_path, run)
     assert not judgement.refuted
@@ -325,17 +325,17 @@ def test_files_of_older_versions_are_judged_as_far_as_they_tell(told: Run, tmp_p
     assert "inner steps" in refuted_in(judged(tmp_path, run))
 
 
-def test_a_missing_worker_is_named(told: Run, tmp_path: Path) -> None:
-    judgement = judged(tmp_path, {"0": told["0"]})
+def test_a_missing_worker_is_named(true_run: Run, tmp_path: Path) -> None:
+    judgement = judged(tmp_path, {"0": true_run["0"]})
     assert not judgement.refuted
     assert any("1.0" in reason for claim in judgement.claims for reason in claim.unknown)
 
 
-def test_checkpoints_are_evidence(told: Run, tmp_path: Path) -> None:
-    write(tmp_path, told)
-    commit = events_of(told["0"], "round")[2]
+def test_checkpoints_are_evidence(true_run: Run, tmp_path: Path) -> None:
+    write(tmp_path, true_run)
+    commit = events_of(true_run["0"], "round")[2]
     held = {"term": 1, "round": 2, "step": 6, "base_step": 6}
-    held |= {"global_hash": commit["base_hash"], "cursor": events_of(told["0"], "round")[1]["cursor"]}
+    held |= {"global_hash": commit["base_hash"], "cursor": events_of(true_run["0"], "round")[1]["cursor"]}
     path = write_checkpoint(tmp_path, 0, held)
     assert not verify([tmp_path])[0].refuted
 
@@ -348,9 +348,9 @@ def test_checkpoints_are_evidence(told: Run, tmp_path: Path) -> None:
     assert str(other) in refuted_in(verify([tmp_path])[0])["states"]
 
 
-def test_a_run_that_began_from_another_runs_checkpoint(told: Run, tmp_path: Path) -> None:
+def test_a_run_that_began_from_another_runs_checkpoint(true_run: Run, tmp_path: Path) -> None:
     """Its rounds were not as long as these."""
-    run = copy.deepcopy(told)
+    run = copy.deepcopy(true_run)
     for events in run.values():
         for event in events:
             event |= {"base_step": 2} if event["event"] == "start" else {}
@@ -362,29 +362,29 @@ def test_a_run_that_began_from_another_runs_checkpoint(told: Run, tmp_path: Path
     assert not judgement.refuted, str(judgement)
 
 
-def test_volumes_of_one_run_in_several_directories(told: Run, tmp_path: Path) -> None:
+def test_volumes_of_one_run_in_several_directories(true_run: Run, tmp_path: Path) -> None:
     """As pods have them: each directory is a worker's own."""
-    write(tmp_path, told)
+    write(tmp_path, true_run)
     (judgement,) = verify([tmp_path / "worker-0", tmp_path / "worker-1"])
     assert (judgement.workers, judgement.refuted) == (2, False)
 
 
-def test_the_newest_run_of_a_volume_is_judged(told: Run, tmp_path: Path) -> None:
-    older = copy.deepcopy(told)
+def test_the_newest_run_of_a_volume_is_judged(true_run: Run, tmp_path: Path) -> None:
+    older = copy.deepcopy(true_run)
     for events in older.values():
         del events[30:]
         for event in events:
             if "run_id" in event:
                 event["run_id"] = "older"
-    judgement = judged(tmp_path, {worker: [*older[worker], *told[worker]] for worker in told})
+    judgement = judged(tmp_path, {worker: [*older[worker], *true_run[worker]] for worker in true_run})
     assert (judgement.run_id, judgement.processes, judgement.refuted) == ("run", 2, False)
 
 
-def test_exit_statuses(told: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(tmp_path / "true", told)
+def test_exit_statuses(true_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "true", true_run)
     assert main(["verify", str(tmp_path / "true")]) == 0
     assert "15 of 15 claims hold" in capsys.readouterr().out
-    forged = copy.deepcopy(told)
+    forged = copy.deepcopy(true_run)
     change("round", hash="x")(forged)
     write(tmp_path / "forged", forged)
     assert main(["verify", "--json", str(tmp_path / "forged")]) == 1

@@ -26,7 +26,7 @@ from trainer.errors import TrainingError
 from trainer.protocol import effects
 from trainer.protocol.coordinator import coordinate
 from trainer.protocol.effects import Effect, Machine
-from trainer.protocol.history import Began, CaughtUp, Committed, Dealt, Ended, Happening, Plan, Stepped
+from trainer.protocol.history import Assigned, Began, CaughtUp, Committed, Ended, Plan, ProcessEvent, Stepped
 from trainer.protocol.member import MemberMachine
 from trainer.protocol.records import (
     Durable,
@@ -101,7 +101,7 @@ class Process:
         self.reduced: Any = None
         self.unreachable: tuple[str, ...] = ()
         self.means: deque[tuple[int, int, Any, int]] = deque(maxlen=KEPT_MEANS)
-        self.told: list[Happening] = []  # what the worker would have written to its `metrics.jsonl`
+        self.events: list[ProcessEvent] = []  # what the worker would have written to its `metrics.jsonl`
         for name, thread in (
             ("main", self.main()),
             ("coordinator", self.coordinator()),
@@ -345,35 +345,35 @@ class Process:
         self.ledger.accept(assignment)
         if assignment:
             self.multiplier = assignment.step_multiplier
-        if self.ledger.assignment is not before and self.told:
-            self.tell_assignment()
+        if self.ledger.assignment is not before and self.events:
+            self.record_assignment()
 
     # What it would have written to its `metrics.jsonl`
 
     @property
     def place(self) -> tuple[str, int, int]:
-        """Where the next event is told, and the state that it belongs to."""
-        return f"{self.id}:{len(self.told) + 1}", self.machine.term, self.state.round
+        """Where the next event is recorded, and the state that it belongs to."""
+        return f"{self.id}:{len(self.events) + 1}", self.machine.term, self.state.round
 
-    def tell_assignment(self) -> None:
+    def record_assignment(self) -> None:
         where, current = self.place[0], self.ledger.assignment
-        self.told.append(Dealt(where, *current.round_id, current.ranges, self.ledger.used, self.multiplier))
+        self.events.append(Assigned(where, *current.round_id, current.ranges, self.ledger.used, self.multiplier))
 
-    def tell_step(self, positions: tuple[Range, ...]) -> None:
+    def record_step(self, positions: tuple[Range, ...]) -> None:
         where, term, round = self.place
         pending, length = self.pending, self.length
         begin = self.state.step + (pending.length if pending else 0)
         step = begin + (self.inner_steps + 1) * length / steps_in(length, self.multiplier)
-        self.told.append(Stepped(where, term, round + 1 + (pending is not None), step, count(positions), positions))
+        self.events.append(Stepped(where, term, round + 1 + (pending is not None), step, count(positions), positions))
 
-    def tell_commit(self, outcome: Outcome, began: str, unused: tuple[Range, ...]) -> None:
+    def record_commit(self, outcome: Outcome, began: str, unused: tuple[Range, ...]) -> None:
         where, place = self.place[0], (outcome.term, outcome.round)
         votes = repr(self.reduced), outcome.weight, float(len(self.contribution))
         rest = outcome.attempt, outcome.base.step, outcome.members, began, *votes, outcome.base.cursor, unused
-        self.told.append(Committed(where, *place, *rest))
+        self.events.append(Committed(where, *place, *rest))
 
-    def tell_end(self, status: str, hash: str | None, unused: tuple[Range, ...]) -> None:
-        self.told.append(Ended(*self.place, status, self.state.step, hash, unused))
+    def record_end(self, status: str, hash: str | None, unused: tuple[Range, ...]) -> None:
+        self.events.append(Ended(*self.place, status, self.state.step, hash, unused))
 
     def start(self) -> Thread:
         """Begin to synchronise; with overlap, inner steps go on meanwhile."""
@@ -424,7 +424,7 @@ class Process:
             self.world.known[self.state.hash] = self.state
         self.world.holds_right_state(self)
         self.accept()
-        self.tell_commit(outcome, began, pending.unused)
+        self.record_commit(outcome, began, pending.unused)
         yield from self.effect(effects.Announce(self.machine.base))
         if self.random.random() < 0.3:
             yield from self.save()
@@ -446,7 +446,7 @@ class Process:
         else:
             self.world.given_up.update(carried)
         held = self.inner_steps, (float(len(self.carried)),), self.machine.base.cursor
-        self.told.append(CaughtUp(*self.place, *held))
+        self.events.append(CaughtUp(*self.place, *held))
         self.accept()
 
     def main(self) -> Thread:
@@ -459,7 +459,7 @@ class Process:
                     break
                 yield from self.catch_up()
             yield from self.save()
-            self.tell_end("complete", self.state.hash, ())
+            self.record_end("complete", self.state.hash, ())
             self.done = True
             self.log("done")
             while True:  # a donor to those that are not
@@ -489,9 +489,9 @@ class Process:
             self.world.consume(self, [*self.work, *self.carried])
         plan = Plan(self.world.rules.local_steps, self.world.rules.total_steps)
         held = plan, self.inner_steps, (float(len(self.work) + len(self.carried)),), self.machine.base.cursor, 1
-        self.told.append(Began(*self.place, *held))
+        self.events.append(Began(*self.place, *held))
         if self.ledger.assignment.ranges:
-            self.tell_assignment()
+            self.record_assignment()
 
     def train(self) -> Thread:
         while self.length or self.pending:
@@ -513,7 +513,7 @@ class Process:
             if self.stopping:
                 raise Interrupted
             ranges = self.ledger.consume(self.world.rules.batch_size)
-            self.tell_step(ranges)
+            self.record_step(ranges)
             batch = positions_of(ranges)
             self.world.consume(self, batch)
             self.work += batch
@@ -541,8 +541,8 @@ class Process:
     def leave(self) -> Thread:
         yield from self.save()
         rest = self.ledger.rest()
-        if self.told:
-            self.tell_end("stopped", None, rest.ranges if rest.term == self.machine.term else ())
+        if self.events:
+            self.record_end("stopped", None, rest.ranges if rest.term == self.machine.term else ())
         complete = self.record is not None and self.record.length == 0
         try:
             if self.lease:

@@ -196,8 +196,8 @@ class World:
         self.at(self.now + 1, self.make_calm)
 
     def history(self) -> History:
-        """What the processes have told: the same evidence as the files of a real run."""
-        return History(tuple(Life(f"{one.worker}", one.id, tuple(one.told)) for one in self.processes.values()))
+        """What the processes have recorded: the same evidence as the files of a real run."""
+        return History(tuple(Life(f"{one.worker}", one.id, tuple(one.events)) for one in self.processes.values()))
 
     # What processes know of each other
 
@@ -318,7 +318,7 @@ class World:
         return True
 
     def prove(self) -> None:
-        """What the processes have told proves what `python -m trainer verify` claims of real runs, by the same code."""
+        """The recorded events prove what `python -m trainer verify` claims of real runs, by the same code."""
         found = [(claim.name, claim.findings[0]) for claim in judge(self.history()) if claim.findings]
         assert not found, f"refuted: {found[0][0]}: {found[0][1].text} {found[0][1].where}"
 

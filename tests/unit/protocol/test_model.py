@@ -101,7 +101,7 @@ def test_the_model_notices_a_broken_transition(
 
 
 @pytest.mark.parametrize("breaks", BREAKS)
-def test_what_the_workers_tell_refutes_a_broken_transition(
+def test_what_the_workers_record_refutes_a_broken_transition(
     breaks: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the promises that only the model can see, `verify` still finds it in the workers' own records."""

@@ -576,7 +576,7 @@ def test_prefetched_samples_are_filled_up_and_goes_on_with_what_the_arrival_had_
         "b": Assignment(1, 2, ((30, 32), (40, 54))),
     }
     assert record.cursor == Cursor(54)
-    assert record.base.cursor == Cursor(32, ((8, 16), (30, 32)))  # of which another term deals again
+    assert record.base.cursor == Cursor(32, ((8, 16), (30, 32)))  # of which another term assigns again
 
 
 def test_at_the_end_no_more_is_assigned_than_there_are_steps() -> None:

@@ -108,12 +108,14 @@ def encode_bins(blocks: Floats, rows: Bytes, bits: int, starts: Doubles) -> None
     above, counts, means = np.zeros(bins + 1), np.zeros(bins + 1, i8), np.zeros(bins)  # above[j]: of bins j and more
     for number in range(len(blocks)):
         block, row = blocks[number], rows[number]
+        # The first thresholds, in proportion to the mean magnitude
         total = 0.0
         for i in range(size):
             total += abs(np.float64(block[i]))
         above[0], counts[0] = total, size
         for j in range(starts.size):
             thresholds[j] = f4(starts[j] * total / size)
+        # Lloyd's algorithm: the first turn only measures the bins, the other two move the thresholds first
         for turn in range(3):
             for j in range(starts.size):
                 if turn and counts[j] > counts[j + 1] > counts[j + 2]:

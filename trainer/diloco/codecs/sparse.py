@@ -144,6 +144,7 @@ def _find_largest(blocks: NDArray[np.uint32], found: Places) -> None:
     counts, magnitudes, places = np.empty(2048, u4), np.empty(n, u4), np.empty(n, u4)
     for number in range(len(blocks)):
         block = blocks[number]
+        # The bound: above it are probably somewhat more than k numbers
         counts[:] = u4(0)
         for i in range(0, n, 4):
             counts[u8((block[i] & MAGNITUDE) >> u4(20))] += u4(1)
@@ -152,6 +153,7 @@ def _find_largest(blocks: NDArray[np.uint32], found: Places) -> None:
             digit -= u8(1)
             seen += 4 * i8(counts[digit])
         bound, count = u4(digit) << u4(20), u8(0)
+        # The candidates; all numbers, if the estimate left fewer than k
         while True:
             for i in range(n):
                 magnitude = u4(block[i] & MAGNITUDE)
@@ -161,6 +163,7 @@ def _find_largest(blocks: NDArray[np.uint32], found: Places) -> None:
                 break
             bound, count = u4(0), u8(0)
 
+        # The k-th largest candidate: `least`, of which the digits in `known` are found
         least, known, missing = u4(0), u4(0), i8(k)
         for shift, digits in ((u4(20), u4(2047)), (u4(10), u4(1023)), (u4(0), u4(1023))):
             counts[:] = u4(0)

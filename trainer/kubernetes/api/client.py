@@ -240,6 +240,7 @@ class Client:
         from kubernetes.dynamic import Resource
         from urllib3.exceptions import HTTPError
 
+        # Describe the resource here: the dynamic client would first ask the server for all of its resources
         prefix, version = "apis" if kind.group else "api", kind.version
         resource = Resource(prefix, kind.group, version, kind.name, name=kind.plural, namespaced=True)
         where = {"name": quote(name, safe="") or None, "namespace": quote(self.namespace, safe="")}
@@ -274,6 +275,7 @@ class Client:
         message, reason = str(answer.get("message") or ""), str(answer.get("reason") or "")
         details = answer.get("details") or {}
         text = f"the Kubernetes API failed to {verb} {what}: {status} {message}"
+        # Explain the rejections that a user can resolve
         if status == 401:
             text = f"the Kubernetes API rejects our credentials: sign in again, or fix the service account ({message})"
         elif status == 403 and "exceeded quota" in message:

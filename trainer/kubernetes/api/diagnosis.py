@@ -44,6 +44,7 @@ def why_pending(pod: Object, events: Iterable[Object], claims: Mapping[str, str]
         claims: Why the pod's claims are waiting, by name.
     """
     status = pod.get("status") or {}
+    # On a node: why its containers do not run
     for container in _containers(status):
         waiting = (container.get("state") or {}).get("waiting") or {}
         reason, message = waiting.get("reason", ""), waiting.get("message", "")
@@ -58,6 +59,7 @@ def why_pending(pod: Object, events: Iterable[Object], claims: Mapping[str, str]
             return "its container keeps failing: see the last lines of its log"
     if (status.get("phase") or "Pending") != "Pending":
         return ""
+    # Not on a node yet: a claim that waits explains more than the scheduler's message
     scheduled: Mapping[str, Any] = next((c for c in status.get("conditions") or [] if c["type"] == "PodScheduled"), {})
     if scheduled.get("status") == "False":
         waiting_claims = [f"claim {name} {why}" for name, why in claims.items()]
@@ -65,6 +67,7 @@ def why_pending(pod: Object, events: Iterable[Object], claims: Mapping[str, str]
             return "; ".join(waiting_claims)
         message = scheduled.get("message") or "no node fits"
         return f"it cannot be scheduled: {_sentence(message)} {_advice(message)}"
+    # On a node, but before its containers: volumes and network
     failed = (event for event in reversed(list(events)) if event.get("reason") in _FAILED)
     return next((f"its {_FAILED[event['reason']]}: {event.get('message', '')}" for event in failed), "")
 

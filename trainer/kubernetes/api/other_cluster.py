@@ -61,6 +61,7 @@ def read_kubeconfig(home: Client, secret: str, *, timeout: float | None = None) 
         raise ApiError(f"the kubeconfig of cluster {secret} may not be read: {right}", 403, error.reason) from None
     if found is None:
         raise refuse(f"there is no Secret of this name in namespace {home.namespace}")
+    # Find the cluster and the user of the current context
     try:
         text = base64.b64decode((found.get("data") or {})[KEY], validate=True)
         content = yaml.safe_load(text)
@@ -77,6 +78,7 @@ def read_kubeconfig(home: Client, secret: str, *, timeout: float | None = None) 
         raise refuse(f"the Secret has {missing}") from None
     except (TypeError, StopIteration, binascii.Error, yaml.YAMLError):  # their messages may quote the content
         raise refuse(f"the value of the Secret's key {KEY} is not a kubeconfig") from None
+    # Refuse what cannot work in a pod
     if not server.startswith(("http://", "https://")):
         raise refuse("the server in its kubeconfig must be an http or https URL")
     if elsewhere:

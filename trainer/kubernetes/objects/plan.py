@@ -183,6 +183,7 @@ def plan(
     if not config.run_id:
         raise ConfigError("run_id", "", "must name the run")
     config = _in_pods(config, namespace)
+    # Number the workers over all sites, and then keep this cluster's
     sites = sites_of(config, image)
     places = enumerate((site, replica) for site in sites for replica in range(site.replicas))
     workers = tuple(

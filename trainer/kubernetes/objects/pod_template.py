@@ -137,6 +137,7 @@ def _has_gpus(site: Site, step: Step) -> bool:
 
 def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
     config = plan.config
+    # Fixed variables, and parameters that have another value at this pod's site
     values: dict[str, object] = {"HOME": "/tmp"}  # other images may have no writable home
     if step != "train" or plan.kind is not PYTORCH_JOB:  # for those pods, the training operator sets it
         values["PYTHONUNBUFFERED"] = 1
@@ -150,6 +151,7 @@ def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
         values |= _nccl(config)
     if step == "train":
         values |= plan.tracking
+    # Addresses: etcd's as seen from the site, and the pod's own, which is known only once it runs
     fields = {"POD_NAME": "metadata.name"}
     if step == "train" and site.etcd_endpoints:
         values["DILOCO_ETCD_ENDPOINTS"] = ",".join(site.etcd_endpoints)
@@ -161,6 +163,7 @@ def _environment(plan: Plan, site: Site, step: Step) -> list[Object]:
     environment += [{"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items()]
     if "POD_IP" in fields:  # a variable can refer to earlier ones
         environment.append({"name": "DILOCO_ADVERTISE_ADDRESS", "value": f"$(POD_IP),{site.advertise_address}"})
+    # Secrets, each only for the steps that need it
     if step == "train":
         if config.wandb_logging:
             environment.append(_secret("WANDB_API_KEY", config.wandb_secret, "WANDB_API_KEY", optional=True))

@@ -49,6 +49,7 @@ def _job_set(plan: Plan, template: Object) -> Object:
     The JobSet replaces the Job of an evicted or killed pod. A Job could replace its pod itself, but would wait longer
     each time.
     """
+    # A permanent exit status fails the Job for good, unless its pod was evicted
     policy = [
         {"action": "Count", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},  # must be the first
         {
@@ -60,6 +61,7 @@ def _job_set(plan: Plan, template: Object) -> Object:
             },
         },
     ]
+    # A Job that failed for good ends the JobSet; any other is replaced, however often
     rules = [
         {"name": "failed", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]},
         {

@@ -30,6 +30,7 @@ def create_job(
         job = client.get(kind, wanted.name)
         if job is not None:
             refuse_foreign(wanted.body, job)
+        # The name is free, unless something of an earlier job still has it
         if job is None:
             left = "pods of an earlier one still exist"
             try:

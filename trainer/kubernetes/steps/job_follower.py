@@ -75,6 +75,7 @@ class JobFollower:
         self.container: str = container["name"]  # of each pod
         self._memory = container.get("resources", {}).get("limits", {}).get("memory", "")
 
+        # Sources of news, which the context starts and stops
         self._job_informer = Informer(client, kind, labels, wake.set, patience)
         self._pod_informer = Informer(client, POD, labels, wake.set, patience)
         self._resources = ExitStack()
@@ -83,6 +84,7 @@ class JobFollower:
         self._waits = WaitReasons(client, show)
         self._notices = SilenceNotices(show, self._timeouts)
 
+        # What has been observed so far
         self._uids: dict[str, str] = {}  # of created or found jobs, by name
         self._tails: dict[str, tuple[str, deque[str]]] = {}  # a pod's display name and its last lines, by uid
         self._last_errors: dict[str, str] = {}  # the last error printed by a pod, by uid

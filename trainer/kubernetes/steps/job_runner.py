@@ -40,6 +40,7 @@ def run_jobs(
     wake = threading.Event()
     followers: list[JobFollower] = []
     pending: dict[str, tuple[JobFollower, str]] = {}  # the Job's follower and its name, by display name
+    # Create the Jobs, or follow those of an earlier pod of this step
     for cluster, own in bodies.items():
         wanted = {called: JobObjects(body, body["spec"]["template"]) for called, body in own.items()}
         labels = cluster.plan.component(component)
@@ -48,6 +49,7 @@ def run_jobs(
             pending[called] = followers[-1], job_objects.name
             if followers[-1].create(job_objects.name, replace=lambda job: fresh or JOB.has_ended(job)):
                 context.show(f"{called}: its Job is already running")
+    # Follow all Jobs of all clusters until each has succeeded
     attempts = Counter(pending.keys())
     with ExitStack() as resources:
         for follower in followers:

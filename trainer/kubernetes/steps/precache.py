@@ -36,6 +36,7 @@ def precache(context: StepContext, held_out: Path) -> Manifests:
         ConfigError: The claims are used by another run.
         TrainingError: A claim cannot be filled (with the reason), or two claims contain different data.
     """
+    # Refuse on all clusters before anything is created on one
     for cluster in context.clusters:
         cluster.refuse_claims_in_use()
     for cluster in context.clusters:

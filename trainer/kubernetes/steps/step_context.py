@@ -174,6 +174,7 @@ class StepContext:
                 )
                 return f"{left}: {error}" if cluster.name else str(error)
 
+        # All clusters at once, because a cancelled step has little time
         with ThreadPoolExecutor(max(1, len(self.others))) as pool:
             elsewhere = pool.map(clean_up, self.others)
             here = clean_up(self.home) if self.plan.workers else ""

@@ -50,6 +50,7 @@ def train(context: StepContext, directory: Path) -> list[WorkerPlan]:
         training = _Training(context, etcd, run_view, directory / "logs", shown.show)
         try:
             training.begin()
+            # From here on, the workers train without the API server, so this step can wait for it
             context.client.patience = max(context.client.patience, context.timeouts.outage_in_training)
             return training.follow()
         except (Interrupted, KeyboardInterrupt):

@@ -58,6 +58,7 @@ def _losses(axis: Axis, caption: str, held_out: bool, size: tuple[int, int], run
     steps, mean = run.step_losses
     if not np.isfinite(mean).any():
         return None
+    # Thin all lines to as many points as can be seen
     _, losses = run.over_steps("loss")
     at = axis.along(run, steps)
     scale, unit = unit_of(float(np.max(at, initial=0)), axis.units)
@@ -69,6 +70,7 @@ def _losses(axis: Axis, caption: str, held_out: bool, size: tuple[int, int], run
         caption += f" Each point is the mean of about {round(len(steps) / len(x))} steps."
 
     def draw(axes: "Axes") -> None:
+        # The workers' losses in the background; the range of too many
         over = len(workers)
         if 1 < over <= drawing.MOST_LINES:
             faint: Any = {"color": drawing.MUTED, "linewidth": 0.7}

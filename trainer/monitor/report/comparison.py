@@ -67,6 +67,7 @@ def _results(runs: Sequence[RunHistory]) -> tuple[list[str], list[list[dict[str,
         ("Samples", lambda run: run.all_samples, "{:,.0f}".format, None),
         ("Workers", lambda run: len(run.workers), "{:.0f}".format, None),
     ]
+    # Leave out columns without a value; there is no best one if all runs are equal
     names, table = [], []
     for name, value, form, best_of in columns:
         values = [value(run) for run in runs]

@@ -52,9 +52,11 @@ def write_report(run_dir: Path | str, output: Path | str | None = None, places: 
     """
     from trainer.monitor.report.charts import charts
 
+    # Read the run, and what `verify` finds in it
     run = read_run(run_dir)
     judgement = judged(run.directory)
     write_summary(run_dir, judgement)
+    # Fill in the template
     evaluation, places = run.evaluation or {}, places or Places()
     tone, mark, verdict = VERDICTS[run.status]
     text = page(

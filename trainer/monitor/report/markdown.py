@@ -43,6 +43,7 @@ def markdown_summary(run_dir: Path | str) -> str:
         names = ("Score", "This model", _text(tables.task_of(evaluation).baseline_label))
         scores = [(_text(row["name"]), f"**{_text(row['model'])}**", _text(row["baseline"] or "–")) for row in rows]
         blocks += ["### Scores", _table(names, scores)]
+    # Which classes it takes for which others
     if rows := tables.confusion(evaluation):
         classes = [_text(row["label"]) for row in rows]
         counts = [[str(count) for count, _ in row["cells"]] for row in rows]

@@ -50,8 +50,8 @@ class Judgement:
     def __str__(self) -> str:
         words = ("worker", "workers"), ("process", "processes"), ("round", "rounds"), ("term", "terms")
         counts = zip((self.workers, self.processes, self.rounds, self.terms), words, strict=True)
-        told = ", ".join(f"{number} {one if number == 1 else more}" for number, (one, more) in counts)
-        lines = [f"run {self.run_id}: {told}"]
+        counted = ", ".join(f"{number} {one if number == 1 else more}" for number, (one, more) in counts)
+        lines = [f"run {self.run_id}: {counted}"]
         for claim in self.claims:
             lines += [f"  {claim.verdict.upper():<8} {claim.name:<17} {claim.sentence}", *_details(claim)]
         if self.without:

@@ -1,26 +1,24 @@
-"""A worker's `metrics.jsonl` as the happenings of its processes, each with its line."""
+"""A worker's `metrics.jsonl` as the events of its processes, each with its line."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from trainer.events import Event, parse_event
 from trainer.protocol.history import (
+    Assigned,
     Began,
     CaughtUp,
     Committed,
-    Dealt,
     Ended,
-    Happening,
     Life,
     Plan,
+    ProcessEvent,
     Stepped,
     Unreadable,
 )
 from trainer.protocol.records import Cursor, Range, decode
-
-Event = Mapping[str, Any]
 
 
 @dataclass
@@ -31,13 +29,13 @@ class Process:
     run_id: str
     started: float = 0.0  # Unix time
     start: Event = field(default_factory=dict)
-    happenings: list[Happening] = field(default_factory=list)
+    events: list[ProcessEvent] = field(default_factory=list)
     gaps: list[int] = field(default_factory=list)
 
     def life(self, worker: str, terms: bool) -> Life:
         """The process as evidence, with or without its `terms`."""
-        told = self.happenings if terms else [replace(one, term=None) for one in self.happenings]
-        return Life(worker, self.member, tuple(told), tuple(self.gaps))
+        events = self.events if terms else [replace(one, term=None) for one in self.events]
+        return Life(worker, self.member, tuple(events), tuple(self.gaps))
 
 
 @dataclass(frozen=True)
@@ -64,13 +62,13 @@ def read_lines(path: Path) -> WorkerFile:
         run_id = processes[-1].run_id if processes else ""
         unreadable.extend((run_id, Unreadable(where, torn)) for where in waiting)
         if waiting and processes:
-            processes[-1].gaps.append(len(processes[-1].happenings))
+            processes[-1].gaps.append(len(processes[-1].events))
         waiting.clear()
 
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             where = f"{path}:{number}"
-            event = _event(line)
+            event = parse_event(line) if line.endswith(b"\n") else None  # otherwise it is still being written
             if event is None:
                 waiting.append(where)
                 continue
@@ -78,31 +76,23 @@ def read_lines(path: Path) -> WorkerFile:
             if kind == "warning":  # warnings may precede a process's first event
                 continue
             joining = kind == "membership" and event.get("change") == "joining"
+            # A kill tears the last lines of a process: they precede the first event of the next one
             judge_waiting(torn=joining or kind == "start")
             if joining or kind == "start":
                 _begin(processes, event, joining)
             if not processes:
                 continue
+            # An event that no worker writes is as bad as a line that cannot be read
             try:
-                happening = _happening(event, where, processes[-1])
+                found = _process_event(event, where, processes[-1])
             except (ValueError, LookupError, TypeError, AttributeError):
                 waiting.append(where)
                 continue
-            if happening is not None:
-                processes[-1].happenings.append(happening)
+            if found is not None:
+                processes[-1].events.append(found)
+    # The last process may have been killed, or may still be writing
     judge_waiting(torn=True)
     return WorkerFile(path, tuple(processes), tuple(unreadable))
-
-
-def _event(line: bytes) -> Event | None:
-    """The event in a line; None if it is not an event or is still being written."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        event = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
 
 
 def _begin(processes: list[Process], event: Event, joining: bool) -> None:
@@ -115,7 +105,7 @@ def _begin(processes: list[Process], event: Event, joining: bool) -> None:
         processes[-1].start = event
 
 
-def _happening(event: Event, where: str, process: Process) -> Happening | None:
+def _process_event(event: Event, where: str, process: Process) -> ProcessEvent | None:
     """An event as evidence; None if it is not evidence.
 
     Raises:
@@ -140,9 +130,9 @@ def _began(event: Event, where: str, term: int | None) -> Began:
     return Began(where, term, round, *state)
 
 
-def _dealt(event: Event, where: str, term: int | None) -> Dealt:
+def _assigned(event: Event, where: str, term: int | None) -> Assigned:
     ranges = _ranges(event["ranges"]) or ()
-    return Dealt(where, term, int(event["round"]), ranges, int(event["used"]), float(event["step_multiplier"]))
+    return Assigned(where, term, int(event["round"]), ranges, int(event["used"]), float(event["step_multiplier"]))
 
 
 def _stepped(event: Event, where: str, term: int | None) -> Stepped:
@@ -172,9 +162,9 @@ def _ended(event: Event, where: str, term: int | None) -> Ended:
     return Ended(where, term, int(event["round"]), str(event["status"]), *state)
 
 
-_READERS: Mapping[str, Callable[[Event, str, int | None], Happening]] = {
+_READERS: Mapping[str, Callable[[Event, str, int | None], ProcessEvent]] = {
     "start": _began,
-    "assignment": _dealt,
+    "assignment": _assigned,
     "step": _stepped,
     "round": _committed,
     "caught up": _caught_up,

@@ -22,7 +22,7 @@ Check = Callable[[History, Notes], None]
 
 def files(history: History, notes: Notes) -> None:
     """Every line is an event, and every checkpoint is as it was written."""
-    notes.judged += sum(len(life.happenings) for life in history.lives) + len(history.saved)
+    notes.judged += sum(len(life.events) for life in history.lives) + len(history.saved)
     for line in history.unreadable:
         if line.torn:
             notes.remarks.append(f"{line.where} is torn: a process was killed while writing it")
@@ -79,5 +79,5 @@ def _claim(check: Check, history: History) -> Claim:
     notes, sentence = Notes(), " ".join((check.__doc__ or "").split())
     check(history, notes)
     name = check.__name__.replace("_", " ")
-    told = (tuple(notes.findings), notes.more, tuple(notes.unknown), tuple(notes.remarks))
-    return Claim(name, sentence, notes.verdict, notes.judged, *told)
+    result = (tuple(notes.findings), notes.more, tuple(notes.unknown), tuple(notes.remarks))
+    return Claim(name, sentence, notes.verdict, notes.judged, *result)

@@ -1,6 +1,6 @@
 """Claims about rounds: what was committed, by which members, and the resulting states."""
 
-from trainer.protocol.history import Began, CaughtUp, Committed, Ended, Happening, History, Life, State
+from trainer.protocol.history import Began, CaughtUp, Committed, Ended, History, Life, ProcessEvent, State
 from trainer.protocol.proof.notes import Notes
 
 NO_TERMS = "events without a term, which older versions did not write"
@@ -13,20 +13,20 @@ def commits(history: History, notes: Notes) -> None:
     if history.absent:
         notes.cannot(f"the records of {', '.join(history.absent)}: their files are not here")
     recorded = {(one.term, one.round): one for one in history.recorded}
-    for (term, round), told in history.rounds.items():
+    for (term, round), records in history.rounds.items():
         place = f"round {round} of term {term} has several"
         etcd = recorded.get((term, round))
         for name, words in (("attempt", "attempts"), ("members", "member lists"), ("hash", "hashes")):
-            values = [(getattr(one, name), one.where) for _, one in told]
+            values = [(getattr(one, name), one.where) for _, one in records]
             if etcd is not None:
                 values.append((getattr(etcd, name), etcd.where))
             notes.same(f"{place} {words}", values)
-        weights = [(one.weight, one.where) for _, one in told]
+        weights = [(one.weight, one.where) for _, one in records]
         notes.same(f"{place} weights", [*weights, *([(etcd.weight, etcd.where)] if etcd else [])])
 
         # Each record of the round is by one of its members, and each member has only one
         by: dict[str, str] = {}
-        for life, one in told:
+        for life, one in records:
             if one.members and life.member and life.member not in one.members:
                 notes.refute(f"{life.member} recorded round {round}, but is not one of its members", one.where)
             if life.member in by:
@@ -37,54 +37,54 @@ def commits(history: History, notes: Notes) -> None:
 def members(history: History, notes: Notes) -> None:
     """Every member of a round's quorum took its outer step, unless it was killed first; no work counts twice."""
     lives = {life.member: life for life in history.lives}
-    for (term, round), told in history.rounds.items():
-        telling = {life.member for life, _ in told}
-        for member in told[0][1].members:
+    for (term, round), records in history.rounds.items():
+        recorded_by = {life.member for life, _ in records}
+        for member in records[0][1].members:
             notes.judged += 1
-            if member in telling or (life := lives.get(member)) is None:
+            if member in recorded_by or (life := lives.get(member)) is None:
                 continue
             again = next((one for one in life.of(CaughtUp) if one.term == term and one.round >= round), None)
             # A member that has voted and cannot learn the outcome drops its work
             if again is not None and any(again.carried or ()):
                 text = f"{member} is a member of round {round} of term {term}, but kept its work for a later round"
-                notes.refute(text, told[0][1].where, again.where)
+                notes.refute(text, records[0][1].where, again.where)
             elif again is None and (later := _went_on(history, life, term, round)):
                 if life.gaps:
                     notes.cannot(f"the lost lines of {member}")
                     continue
                 text = f"{member} is a member of round {round} of term {term} and continued, but did not record it"
-                last = [one.where for one in life.happenings[-1:]]
-                notes.refute(text, told[0][1].where, later, *last)
+                last = [one.where for one in life.events[-1:]]
+                notes.refute(text, records[0][1].where, later, *last)
 
 
 def _went_on(history: History, life: Life, term: int, round: int) -> str:
     """The record of a process's part in a later round of the term, or of its completing the run; "" if none."""
     following = history.rounds.get((term, round + 1), [])
-    told = [one.where for _, one in following if life.member in one.members]
-    told += [one.where for one in life.of(Committed) if one.term == term and one.round > round]
+    lines = [one.where for _, one in following if life.member in one.members]
+    lines += [one.where for one in life.of(Committed) if one.term == term and one.round > round]
     if life.end is not None and life.end.status == "complete" and life.end.term == term:
-        told.append(life.end.where)
-    return next(iter(told), "")
+        lines.append(life.end.where)
+    return next(iter(lines), "")
 
 
 def states(history: History, notes: Notes) -> None:
     """Members, checkpoints and the end of the run all have the same state for the same round."""
     if not history.has_terms:
         notes.cannot(NO_TERMS)
-    for (term, round), told in history.hashes.items():
-        notes.same(f"the state after round {round} of term {term} has several hashes", told)
+    for (term, round), hashes in history.hashes.items():
+        notes.same(f"the state after round {round} of term {term} has several hashes", hashes)
     for (term, round), cursors in history.cursors.items():
         notes.same(f"the samples' cursor after round {round} of term {term} differs", cursors)
     ends = [one for _, one in history.of(Ended) if one.status == "complete"]
     notes.same("the run's final state has several hashes", [(one.hash, one.where) for one in ends])
     for life in history.lives:
-        _judge_order(life.happenings, notes)
+        _judge_order(life.events, notes)
 
 
-def _judge_order(happenings: tuple[Happening, ...], notes: Notes) -> None:
+def _judge_order(events: tuple[ProcessEvent, ...], notes: Notes) -> None:
     """A process never goes back, except with a new term, and takes part in every round unless it records otherwise."""
-    before: Happening | None = None
-    for one in happenings:
+    before: ProcessEvent | None = None
+    for one in events:
         if not isinstance(one, Began | Committed | CaughtUp) or one.term is None:
             continue
         if before is not None and before.term is not None:
@@ -147,5 +147,5 @@ def _parent(history: History, term: int, base: int, notes: Notes) -> State | Non
 
 
 def _lines(history: History, state: State) -> list[str]:
-    told = [where for _, where in history.hashes.get(state, [])]
-    return told[:2] or [one.where for _, one in history.rounds.get(state, [])[:2]]
+    lines = [where for _, where in history.hashes.get(state, [])]
+    return lines[:2] or [one.where for _, one in history.rounds.get(state, [])[:2]]

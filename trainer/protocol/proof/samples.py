@@ -4,14 +4,14 @@ import bisect
 from collections import defaultdict
 from collections.abc import Iterable
 
-from trainer.protocol.history import Began, CaughtUp, Committed, Dealt, Ended, History, Life, Stepped
+from trainer.protocol.history import Assigned, Began, CaughtUp, Committed, Ended, History, Life, Stepped
 from trainer.protocol.proof.commits import NO_TERMS
 from trainer.protocol.proof.notes import Notes
 from trainer.protocol.ranges import common, joined, minus, overlaps, text, union
 from trainer.protocol.records import Cursor, Range
 from trainer.protocol.samples import SampleLedger, allocate, count
 
-NO_DEALS = "the assigned positions, which older versions did not write"
+NO_ASSIGNMENTS = "the assigned positions, which older versions did not write"
 
 
 def samples_once(history: History, notes: Notes) -> None:
@@ -33,6 +33,7 @@ def samples_in_base(history: History, notes: Notes) -> None:
     if not history.elastic:
         notes.cannot("data parallelism, which has no terms")
         return
+    # No assignment contains a position that the term's base contains
     for term, base in history.bases.items():
         cursors = history.cursors.get((term, base), [])
         if not cursors and base == 0:
@@ -40,22 +41,25 @@ def samples_in_base(history: History, notes: Notes) -> None:
         if not cursors:
             notes.cannot(f"the samples' cursor at the start of term {term}")
             continue
-        cursor, told = cursors[0]
-        for _, deal in history.of(Dealt):
-            if deal.term == term:
+        cursor, line = cursors[0]
+        for _, assigned in history.of(Assigned):
+            if assigned.term == term:
                 notes.judged += 1
-                again = minus(common(deal.ranges, [(0, cursor.position)]), cursor.returned)
+                again = minus(common(assigned.ranges, [(0, cursor.position)]), cursor.returned)
                 if again:
                     notes.refute(
-                        f"position {text(again)} was assigned in term {term}, whose base contains it", deal.where, told
+                        f"position {text(again)} was assigned in term {term}, whose base contains it",
+                        assigned.where,
+                        line,
                     )
+    # No cursor returns a position whose work was sent
     sent = {term: _Sent(history, term) for term in history.terms}
     for (term, round), cursors in history.cursors.items():
-        cursor, told = cursors[0]
+        cursor, line = cursors[0]
         notes.judged += 1
         if found := term in sent and sent[term].counted(cursor.returned, round):
             part, where = found
-            notes.refute(f"position {text([part])} counts in round {round}, but is unused after it", told, where)
+            notes.refute(f"position {text([part])} counts in round {round}, but is unused after it", line, where)
 
 
 class _Sent:
@@ -84,8 +88,8 @@ def samples_in_order(history: History, notes: Notes) -> None:
     if not history.elastic:
         notes.cannot("data parallelism, whose ranks share an assignment")
         return
-    if not any(history.of(Dealt)):
-        notes.cannot(NO_DEALS)
+    if not any(history.of(Assigned)):
+        notes.cannot(NO_ASSIGNMENTS)
     used: dict[str, list[Range]] = defaultdict(list)  # by worker
     for life in history.lives:
         _replay(life, used[life.worker], notes)
@@ -94,21 +98,23 @@ def samples_in_order(history: History, notes: Notes) -> None:
 def _replay(life: Life, earlier: list[Range], notes: Notes) -> None:
     """Replay a process's ledger. `earlier` are the positions that its worker has consumed before; it is extended."""
     ledger: SampleLedger | None = None
-    dealt = ""
+    assigned_at = ""  # the line of the last assignment
     recent: list[Range] = []  # consumed since the assignment before the last one, and since the last one
     since = 0
     at_close: dict[int, tuple[Range, ...]] = {}  # by round: the positions that were unused after its last step
-    for index, one in enumerate(life.happenings):
+    for index, one in enumerate(life.events):
+        # After a gap, the ledger is unknown until the next assignment
         if index in life.gaps:
             ledger = None
             at_close.clear()
-        if isinstance(one, Dealt):
+        if isinstance(one, Assigned):
+            # What counts as used must have been consumed by an earlier step
             begun = minus(_first(one.ranges, one.used), recent) if one.used else []
             recent = recent[since:]
             since = len(recent)
             if begun and not life.gaps and (begun := minus(begun, earlier)):
                 notes.refute(f"position {text(begun)} counts as trained on, but no step recorded it", one.where)
-            ledger, dealt = SampleLedger(used=one.used), one.where
+            ledger, assigned_at = SampleLedger(used=one.used), one.where
             ledger.assignment = type(ledger.assignment)(one.term or 0, one.round, one.ranges)
             at_close[one.round] = ledger.unused()
         elif isinstance(one, Stepped):
@@ -119,7 +125,7 @@ def _replay(life: Life, earlier: list[Range], notes: Notes) -> None:
                 expected = joined(ledger.consume(count(one.positions)))
                 if joined(one.positions) != expected:
                     words = f"a step trained on position {text(one.positions)} instead of {text(expected) or 'none'}"
-                    notes.refute(words, one.where, dealt)
+                    notes.refute(words, one.where, assigned_at)
                     ledger = None
                 else:
                     at_close[one.round] = ledger.unused()
@@ -127,13 +133,16 @@ def _replay(life: Life, earlier: list[Range], notes: Notes) -> None:
             at_close.clear()
         elif isinstance(one, Committed) and one.unused is not None and one.round in at_close:
             notes.judged += 1
+            # Compare with the end of this round's steps: with overlap, later ones may have been made since
             if union(one.unused) != union(at_close[one.round]):
                 differing = [*minus(one.unused, at_close[one.round]), *minus(at_close[one.round], one.unused)]
-                notes.refute(f"it returned positions other than those it had left: {text(differing)}", one.where, dealt)
+                notes.refute(
+                    f"it returned positions other than those it had left: {text(differing)}", one.where, assigned_at
+                )
         elif isinstance(one, Ended) and one.unused is not None and ledger is not None:
             notes.judged += 1
             if extra := minus(one.unused, ledger.unused()):
-                notes.refute(f"it returned position {text(extra)}, which it did not have", one.where, dealt)
+                notes.refute(f"it returned position {text(extra)}, which it did not have", one.where, assigned_at)
 
 
 def _first(ranges: tuple[Range, ...], number: int) -> tuple[Range, ...]:
@@ -142,8 +151,8 @@ def _first(ranges: tuple[Range, ...], number: int) -> tuple[Range, ...]:
 
 def samples_fate(history: History, notes: Notes) -> None:
     """Every assigned position was used, or returned, or lost with a worker."""
-    if not history.elastic or not any(history.of(Dealt)):
-        notes.cannot(NO_DEALS if history.elastic else "data parallelism, whose ranks share an assignment")
+    if not history.elastic or not any(history.of(Assigned)):
+        notes.cannot(NO_ASSIGNMENTS if history.elastic else "data parallelism, whose ranks share an assignment")
         return
     for term in history.terms:
         _judge_fates(history, term, notes)
@@ -152,25 +161,25 @@ def samples_fate(history: History, notes: Notes) -> None:
 def _judge_fates(history: History, term: int, notes: Notes) -> None:
     """Judge the positions that were assigned in a term: each must have a fate."""
     # The assigned positions: those recorded by processes, and those up to the cursor
-    deals = [(life, deal) for life, deal in history.of(Dealt) if deal.term == term]
+    assignments = [(life, one) for life, one in history.of(Assigned) if one.term == term]
     base = history.bases.get(term)
     begin = _cursor(history, term, base) if base is not None else None
     begin = Cursor() if begin is None and base == 0 else begin
     rounds = [round for number, round in history.cursors if number == term]
     final = _cursor(history, term, max(rounds)) if rounds else None
-    dealt = [part for _, deal in deals for part in deal.ranges]
+    assigned = [part for _, assignment in assignments for part in assignment.ranges]
     if begin and final:
-        dealt += [(begin.position, final.position), *begin.returned]
-    elif deals:
+        assigned += [(begin.position, final.position), *begin.returned]
+    elif assignments:
         notes.cannot(f"the samples' cursor of term {term}")
 
     # Their fates: used, returned to the run, or still with a process
     returned: list[Range] = [*(final.returned if final else ())]
     fates = [part for _, one in history.of(Stepped) if one.term == term for part in one.positions]
-    fates = union([*fates, *(part for _, deal in deals for part in _first(deal.ranges, deal.used))])
+    fates = union([*fates, *(part for _, one in assignments for part in _first(one.ranges, one.used))])
     last = {life.worker: life for life in history.lives}
     for life in history.lives:
-        rest = minus(_last_deal(life, term), fates)
+        rest = minus(_last_assignment(life, term), fates)
         if life.end is not None and life.end.unused is not None and life.end.term == term:
             returned += life.end.unused
         elif life.end is None and rest:
@@ -180,15 +189,15 @@ def _judge_fates(history: History, term: int, notes: Notes) -> None:
         fates += rest
     fates += returned
     returned += [part for _, one in history.of(Committed) if one.term == term for part in one.unused or ()]
-    notes.judged += count(union(dealt))
-    if missing := minus(dealt, fates):
-        _judge_missing(history, term, deals, missing, returned, notes)
+    notes.judged += count(union(assigned))
+    if missing := minus(assigned, fates):
+        _judge_missing(history, term, assignments, missing, returned, notes)
 
 
 def _judge_missing(
     history: History,
     term: int,
-    deals: list[tuple[Life, Dealt]],
+    assignments: list[tuple[Life, Assigned]],
     missing: list[Range],
     returned: list[Range],
     notes: Notes,
@@ -196,14 +205,14 @@ def _judge_missing(
     """Judge positions without a fate: they must be lost with a worker that was killed or late."""
     # Positions with a known last owner
     owned, unowned = minus(missing, returned), common(missing, returned)
-    for life, deal in deals:
-        if mine := common(owned, deal.ranges):
+    for life, assignment in assignments:
+        if mine := common(owned, assignment.ranges):
             owned = minus(owned, mine)
             if life.disturbed:
                 notes.remarks.append(f"term {term}: {count(mine)} positions were lost with {life.member}")
             else:
                 text_of = f"position {text(mine)}, assigned to {life.member}, was neither used nor returned"
-                notes.refute(text_of, deal.where)
+                notes.refute(text_of, assignment.where)
 
     # Positions whose owner is not recorded
     if unowned := [*unowned, *owned]:
@@ -215,21 +224,21 @@ def _judge_missing(
             named = ", ".join(suspects)
             notes.remarks.append(f"term {term}: {count(unowned)} positions were lost with one of {named}")
         else:
-            told = [told[0] for (number, _), told in sorted(history.cursors.items()) if number == term]
-            lines = [where for cursor, where in told if cursor.position > unowned[0][0]][:1]
+            first = [cursors[0] for (number, _), cursors in sorted(history.cursors.items()) if number == term]
+            lines = [where for cursor, where in first if cursor.position > unowned[0][0]][:1]
             words = f"position {text(unowned)} was assigned in term {term}, but no worker used or returned it"
             notes.refute(words, *lines)
 
 
 def _cursor(history: History, term: int, round: int) -> Cursor | None:
-    told = history.cursors.get((term, round))
-    return told[0][0] if told else None
+    cursors = history.cursors.get((term, round))
+    return cursors[0][0] if cursors else None
 
 
-def _last_deal(life: Life, term: int) -> tuple[Range, ...]:
+def _last_assignment(life: Life, term: int) -> tuple[Range, ...]:
     """The last assignment that a process had in a term."""
-    deals = [deal for deal in life.of(Dealt) if deal.term == term]
-    return deals[-1].ranges if deals else ()
+    assignments = [one for one in life.of(Assigned) if one.term == term]
+    return assignments[-1].ranges if assignments else ()
 
 
 def _may_have_lost(life: Life, term: int, base: int) -> bool:
@@ -240,4 +249,4 @@ def _may_have_lost(life: Life, term: int, base: int) -> bool:
     if not any(life.of(Began)):
         return True
     joined_late = any(one.term == term and one.round > base for one in life.of(Began))
-    return (life.disturbed or joined_late) and any(one.term == term for one in life.happenings)
+    return (life.disturbed or joined_late) and any(one.term == term for one in life.events)

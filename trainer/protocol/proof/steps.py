@@ -4,15 +4,15 @@ import math
 from collections import defaultdict
 
 from trainer.protocol.history import (
+    Assigned,
     Began,
     CaughtUp,
     Committed,
-    Dealt,
     Ended,
-    Happening,
     History,
     Life,
     Plan,
+    ProcessEvent,
     Stepped,
 )
 from trainer.protocol.proof.notes import Notes
@@ -28,7 +28,7 @@ def inner_steps(history: History, notes: Notes) -> None:
         if plan is None:
             notes.cannot("a process without its configuration")
             continue
-        for index, one in enumerate(life.happenings):
+        for index, one in enumerate(life.events):
             counter.follow(one, plan, lost=index in life.gaps)
             if isinstance(one, Stepped) and one.term is not None and one.term != counter.term:
                 text = f"an inner step of term {one.term}, while the process was in term {counter.term}"
@@ -66,14 +66,14 @@ class _Counter:
         self._known = True  # whether that number is known
         self._multiplier, self._last, self._where = 1.0, 0.0, ""
 
-    def follow(self, one: Happening, plan: Plan, lost: bool) -> None:
+    def follow(self, one: ProcessEvent, plan: Plan, lost: bool) -> None:
         if lost:
             self._forget(0, None)
         if isinstance(one, Began | CaughtUp):
             self._forget(one.round + 1, one.inner_steps)
             self.term, self.where_entered = one.term, one.where
             self._last, self._where = float(plan.begin(one.round + 1)), one.where
-        elif isinstance(one, Dealt):
+        elif isinstance(one, Assigned):
             self._multiplier = one.multiplier
             for round, due in self.due.items():  # the round ends at once if this makes it short enough
                 self.due[round] = min(due, plan.own_steps(round, one.multiplier))
@@ -111,7 +111,7 @@ def schedule(history: History, notes: Notes) -> None:
         if plan is None:
             notes.cannot("a process without its configuration")
             continue
-        for one in life.happenings:
+        for one in life.events:
             if isinstance(one, Committed) and one.step is not None:
                 notes.judged += 1
                 if not _close(one.step, plan.begin(one.round + 1)):
@@ -133,11 +133,11 @@ def learning_rates(history: History, notes: Notes) -> None:
     for life in history.lives:
         plan, multiplier, made, ramp = _plan(life), 1.0, 0, 1.0
         known = True  # whether the multiplier and the ramp are known
-        for index, one in enumerate(life.happenings):
+        for index, one in enumerate(life.events):
             known &= index not in life.gaps
             if isinstance(one, Began):
                 ramp, known = float(one.ramp or 1), known and one.ramp is not None
-            elif isinstance(one, Dealt):
+            elif isinstance(one, Assigned):
                 multiplier = one.multiplier
             elif isinstance(one, Stepped) and plan is not None and one.lr is not None:
                 made += 1
@@ -158,7 +158,7 @@ def reports(history: History, notes: Notes) -> None:
     """Each round's report matches its inner steps: their number, their samples, and their mean loss."""
     for life in history.lives:
         made: list[Stepped] | None = []  # since the last commit, without skipped ones; None: unknown
-        for index, one in enumerate(life.happenings):
+        for index, one in enumerate(life.events):
             if index in life.gaps:
                 made = None
             if isinstance(one, Stepped) and made is not None and one.samples > 0:
@@ -173,11 +173,11 @@ def _judge_report(commit: Committed, steps: list[Stepped], notes: Notes) -> None
     losses = [step.loss for step in steps if step.loss is not None]
     mean = sum(losses) / len(losses) if losses and len(losses) == len(steps) else None
     found = float(len(steps)), sum(step.samples for step in steps), mean
-    for name, told, counted in zip(("inner steps", "samples", "mean loss"), commit.reported, found, strict=True):
-        if told is not None and counted is not None:
+    for name, reported, counted in zip(("inner steps", "samples", "mean loss"), commit.reported, found, strict=True):
+        if reported is not None and counted is not None:
             notes.judged += 1
-            if not _close(told, counted):
-                text = f"round {commit.round} reports {told:g} {name}, but its inner steps have {counted:g}"
+            if not _close(reported, counted):
+                text = f"round {commit.round} reports {reported:g} {name}, but its inner steps have {counted:g}"
                 notes.refute(text, commit.where, *(step.where for step in steps[:: max(1, len(steps) - 1)]))
 
 
@@ -188,16 +188,16 @@ def weights(history: History, notes: Notes) -> None:
             notes.refute(f"a step counts {step.samples:g} samples, but trained on {count(step.positions)}", step.where)
     for life in history.lives:
         _judge_own_weights(life, notes)
-    for (term, round), told in history.rounds.items():
-        weight = next((one.weight for _, one in told if one.weight is not None), None)
-        own = {life.member: one.own_weight for life, one in told if one.own_weight is not None}
-        if weight is None or not told[0][1].members or set(own) != set(told[0][1].members):
+    for (term, round), records in history.rounds.items():
+        weight = next((one.weight for _, one in records if one.weight is not None), None)
+        own = {life.member: one.own_weight for life, one in records if one.own_weight is not None}
+        if weight is None or not records[0][1].members or set(own) != set(records[0][1].members):
             continue
         notes.judged += 1
         if not _is_sum(weight, list(own.values())):
             parts = " + ".join(f"{value:g}" for value in own.values())
             text = f"round {round} of term {term} has the weight {weight:g}, but its members' are {parts}"
-            notes.refute(text, *(one.where for _, one in told[:4]))
+            notes.refute(text, *(one.where for _, one in records[:4]))
 
 
 def _is_sum(weight: float, own: list[float]) -> bool:
@@ -214,7 +214,7 @@ def _judge_own_weights(life: Life, notes: Notes) -> None:
     """Track a process's samples that have not been sent yet, by fragment and by the round of their steps."""
     plan = _plan(life)
     unsent: list[dict[int, float]] | None = None  # None: unknown
-    for index, one in enumerate(life.happenings):
+    for index, one in enumerate(life.events):
         if index in life.gaps:
             unsent = None
         if isinstance(one, Began | CaughtUp):
@@ -228,6 +228,7 @@ def _judge_own_weights(life: Life, notes: Notes) -> None:
             for part in unsent:
                 part[one.round] += one.samples
         elif isinstance(one, Committed):
+            # A round sends the work up to its own last step; with overlap, later steps wait for the next round
             chosen = [unsent[number] for number in plan.fragments_of(one.round)]
             sent = [sum(part.pop(round) for round in list(part) if round <= one.round) for part in chosen]
             if one.own_weight is None:

@@ -12,8 +12,8 @@ def traffic(history: History, notes: Notes) -> None:
     if not history.elastic:
         notes.cannot("data parallelism, whose ranks read their counters at different times")
         return
-    for (term, round), told in history.rounds.items():
-        events = [one for _, one in told]
+    for (term, round), records in history.rounds.items():
+        events = [one for _, one in records]
         if len(events) != len(events[0].members) or any(one.sent is None or one.received is None for one in events):
             notes.cannot("rounds in which not every member recorded its bytes")
             continue
