@@ -38,7 +38,8 @@ def test_what_its_messages_lack_is_kept_if_other_samples_are_assigned(round: int
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters())
+    """Matrices come first, as with Muon."""
+    return torch.optim.AdamW(sorted(model.parameters(), key=lambda parameter: -parameter.ndim))
 
 
 def reversed_adamw(model: nn.Module) -> torch.optim.Optimizer:
